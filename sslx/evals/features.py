@@ -1,0 +1,149 @@
+"""A frozen backbone over a labelled set: images in, one float32 vector and one label each out."""
+
+import functools
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sslx.types import Array, Tree
+
+Pool = Literal["mean", "first"]
+View = Callable[[Array, Any], Any]  # (key, batch) -> batch whose image is float [B, H, W, C]
+IN_FLIGHT = 4  # batches dispatched before the oldest one's features are fetched
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Pooled features x float32 [n, D] and their labels int32 [n], on the host of every process.
+
+    Raises ValueError where x is not finite, so that no number below is measured on NaN.
+    """
+
+    x: np.ndarray
+    label: np.ndarray
+
+    def __post_init__(self):
+        if self.x.ndim != 2 or self.label.shape != self.x.shape[:1] or not len(self.x):
+            raise ValueError(
+                f"Features are x [n, D] and label [n], n > 0, "
+                f"but got {list(self.x.shape)} and {list(self.label.shape)}."
+            )
+        bad = len(self.x) - int(np.isfinite(self.x).all(1).sum())
+        if bad:
+            raise ValueError(
+                f"Features are not finite in {bad} of {len(self.x)} rows: the run diverged; "
+                f"restore an earlier checkpoint and lower the learning rate."
+            )
+
+    @property
+    def classes(self) -> int:
+        """One more than the largest label; a class without examples is merely never seen.
+
+        Raises ValueError where examples have no label (-1).
+        """
+        unlabelled = int((self.label < 0).sum())
+        if unlabelled:
+            raise ValueError(
+                f"{unlabelled} of {len(self.label)} examples have no label (-1): probe on a source "
+                f"with a label on every record, or with Health alone, Probes(on=(Health(),))."
+            )
+        return int(self.label.max()) + 1
+
+
+class Pixels(nn.Module):
+    """The encoder that does nothing: one token, the view's pixels. Its probes are the floor."""
+
+    prefix: ClassVar[int] = 0
+
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        return x.reshape(len(x), 1, -1)  # [B, 1, H * W * C]
+
+
+def extract(
+    module: nn.Module,
+    variables: Tree,
+    view: View,
+    batches: Iterable[dict[str, np.ndarray]],
+    pool: Pool = "mean",
+    sharding: NamedSharding | None = None,
+    seed: int = 0,
+) -> Features:
+    """Features of every valid row of finite labelled batches, one forward pass each.
+
+    A batch is image uint8 [B, H, W, C], label int32 [B], valid bool [B] and what else the view
+    reads; this process's rows of it where there are several, and then all receive all features.
+    `sharding` places axis 0 of a batch. Batch i is rendered under fold_in(key(seed), i). One
+    compilation per (module, view, pool, sharding) and shape, whatever the variables.
+    """
+    run = _forward(module, view, pool, sharding)
+    pending, rows = deque(), []
+    for i, batch in enumerate(batches):
+        if "label" not in batch:
+            raise ValueError(
+                f"Probes read label [B] but this batch has only {', '.join(batch)}: name a source "
+                f"with labels (class folders, a `label` column) as their train and test."
+            )
+        pending.append(run(variables, _place(batch, sharding), np.uint32(seed), np.int32(i)))
+        if len(pending) > IN_FLIGHT:
+            rows.append(jax.device_get(pending.popleft()))
+    rows += jax.device_get(list(pending))
+    if not rows:
+        raise ValueError("No batches to take features of: the labelled pipeline is empty.")
+    x, label, valid = (np.concatenate(leaf) for leaf in zip(*rows, strict=True))
+    return Features(x[valid], label[valid])
+
+
+@functools.lru_cache(maxsize=16)
+def _forward(module, view, pool, sharding):
+    """The jitted (variables, batch, seed, i) -> (x, label, valid), replicated over the mesh."""
+
+    def forward(variables, batch, seed, i):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        tokens = module.apply(variables, view(key, batch)["image"], train=False)  # [B, N, D]
+        return pooled(tokens, module.prefix, pool), batch["label"], batch["valid"]
+
+    # Replicated outputs: each process then reads all rows from its own devices.
+    return jax.jit(forward, out_shardings=sharding and NamedSharding(sharding.mesh, P()))
+
+
+def _place(batch, sharding):
+    if sharding is None:
+        return jax.device_put(batch)
+    rows, ways = len(batch["label"]), len(sharding.addressable_devices)
+    if rows % ways:
+        raise ValueError(
+            f"{rows} rows of a batch do not divide over {ways} devices: use a batch_size that is "
+            f"a multiple of the number of devices."
+        )
+    place = functools.partial(jax.make_array_from_process_local_data, sharding)
+    return jax.tree.map(place, dict(batch))
+
+
+def pooled(tokens: Array, prefix: int, pool: Pool) -> Array:
+    """[B, N, D] -> float32 [B, D]: the mean of the patch tokens, or the first, a class token."""
+    if tokens.ndim != 3:
+        raise ValueError(f"An encoder gives tokens [B, N, D] but this one gave {tokens.shape}.")
+    if pool == "first" and prefix == 0:
+        raise ValueError("pool='first' needs an encoder with a class token: use pool='mean'.")
+    tokens = tokens.astype(jnp.float32)
+    return tokens[:, 0] if pool == "first" else tokens[:, prefix:].mean(1)
+
+
+def local_mesh(n: int) -> Mesh:
+    """One axis, `rows`, over as many of this process's devices as divide n.
+
+    Every process holds all features, so each measures them on its own devices, without
+    collectives; enter it with `jax.set_mesh`, which the training mesh then does not disturb.
+    """
+    devices = jax.local_devices()
+    ways = math.gcd(n, len(devices))
+    return Mesh(np.array(devices[:ways]), ("rows",), axis_types=(AxisType.Auto,))

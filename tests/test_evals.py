@@ -1,0 +1,375 @@
+"""Evaluations against float64 NumPy and scikit-learn, on one device and on eight."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sslx.evals import KNN, Features, Health, Linear, Pixels, Probes, extract, features, health, knn
+from sslx.evals.linear import score
+
+
+def blobs(n, D=16, classes=5, noise=2.0, seed=0):
+    """Gaussian classes around fixed centers."""
+    centers = np.random.default_rng(9).normal(size=(classes, D))
+    rng = np.random.default_rng(seed)
+    y = rng.integers(classes, size=n).astype(np.int32)
+    return Features((centers[y] + noise * rng.normal(size=(n, D))).astype(np.float32), y)
+
+
+def digits():
+    """1,437 training and 360 test digits, as 64 pixels in [0, 1]."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(1797)
+    x, y = (data.data[order] / 16).astype(np.float32), data.target[order].astype(np.int32)
+    return Features(x[:1437], y[:1437]), Features(x[1437:], y[1437:])
+
+
+# k-NN ------------------------------------------------------------------------------------------
+
+
+def brute_force(train, x, k, temperature):
+    """InstDisc, section 3.4, one full float64 similarity matrix."""
+    bank, query = (
+        z.astype(np.float64) / np.linalg.norm(z.astype(np.float64), axis=1, keepdims=True)
+        for z in (train.x, x)
+    )
+    s = query @ bank.T
+    near = np.argsort(-s, 1)[:, :k]
+    votes = np.zeros((len(x), train.label.max() + 1))
+    for i, row in enumerate(near):
+        np.add.at(votes[i], train.label[row], np.exp(s[i, row] / temperature))
+    return votes.argmax(1)
+
+
+@pytest.mark.parametrize("queries, bank", [(1024, 8192), (37, 230)])
+def test_knn_is_brute_force(monkeypatch, queries, bank):
+    monkeypatch.setattr(knn, "QUERIES", queries)
+    monkeypatch.setattr(knn, "BANK", bank)
+    jax.clear_caches()  # the sizes are read while tracing
+    train, test = blobs(1003, seed=1), blobs(301, seed=2)
+    for probe in (KNN(), KNN(k=51, temperature=0.5)):
+        expected = brute_force(train, test.x, probe.k, probe.temperature)
+        np.testing.assert_array_equal(probe.predict(train, test.x), expected)
+        ((name, value),) = probe(train, test)
+        assert name == "knn/top1" and value == np.mean(expected == test.label)
+
+
+def test_knn_finds_the_nearest():
+    rng = np.random.default_rng(0)
+    bank, query = rng.normal(size=(9001, 8)), rng.normal(size=(64, 8))
+    s, at = knn.nearest(query.astype(np.float32), bank.astype(np.float32), jnp.arange(9001), 7)
+    unit = [z / np.linalg.norm(z, axis=1, keepdims=True) for z in (bank, query)]
+    exact = unit[1] @ unit[0].T
+    np.testing.assert_array_equal(at, np.argsort(-exact, 1)[:, :7])
+    np.testing.assert_allclose(s, -np.sort(-exact, 1)[:, :7], atol=1e-6)
+
+
+def test_knn_on_eight_devices_is_that_of_one():
+    train, test = blobs(700, seed=1), blobs(512, seed=2)
+    one = Mesh(np.array(jax.devices()[:1]), ("rows",), axis_types=(AxisType.Auto,))
+    assert features.local_mesh(512).size == 8
+    alone = KNN().predict(train, test.x, one)
+    np.testing.assert_array_equal(KNN().predict(train, test.x), alone)
+
+
+def test_knn_survives_a_small_temperature_and_a_missing_class():
+    train, test = blobs(200, seed=1), blobs(100, seed=2)
+    assert set(KNN(temperature=1e-3).predict(train, test.x)) <= set(range(5))
+    few = Features(train.x[train.label < 3], train.label[train.label < 3])
+    gap = Features(few.x, np.where(few.label == 1, 4, few.label).astype(np.int32))
+    assert set(KNN().predict(gap, test.x)) <= {0, 2, 4}
+
+
+def test_knn_wants_k_neighbors():
+    with pytest.raises(ValueError, match=r"use KNN\(k=10\)"):
+        list(KNN()(blobs(10), blobs(5)))
+
+
+# linear probe ----------------------------------------------------------------------------------
+
+
+def sgd(train, rate, batches, classes):
+    """Momentum SGD on softmax regression over standardized features, float64, cosine to 0."""
+    x, total = train.x.astype(np.float64), len(batches)
+    mean, scale = x.mean(0), 1 / np.sqrt(x.var(0) + 1e-6)
+    x, Y = (x - mean) * scale, np.eye(classes)[train.label]
+    w, b = np.zeros((x.shape[1], classes)), np.zeros(classes)
+    w_m, b_m = np.zeros_like(w), np.zeros_like(b)
+    for t, rows in enumerate(batches):
+        z = x[rows] @ w + b
+        p = np.exp(z - z.max(1, keepdims=True))
+        g = (p / p.sum(1, keepdims=True) - Y[rows]) / len(rows)
+        w_m, b_m = 0.9 * w_m + x[rows].T @ g, 0.9 * b_m + g.sum(0)
+        lr = rate * (1 + np.cos(np.pi * t / total)) / 2
+        w, b = w - lr * w_m, b - lr * b_m
+    return w, b
+
+
+def test_linear_is_plain_sgd():
+    train, rates = blobs(130), (0.01, 0.3)
+    linear = Linear(rates, epochs=3, batch_size=32, seed=5)
+    heads = linear.fit(train, rates, 5)
+    batches = []
+    for e in range(3):
+        order = jax.random.permutation(jax.random.fold_in(jax.random.key(5), e), 130)
+        batches += list(np.asarray(order)[:128].reshape(4, 32))
+    for r, rate in enumerate(rates):
+        w, b = sgd(train, rate, batches, 5)
+        np.testing.assert_allclose(heads["w"][r], w, atol=2e-5)
+        np.testing.assert_allclose(heads["b"][r], b, atol=2e-5)
+
+
+def test_a_sweep_is_each_rate_alone():
+    train, test = blobs(300, seed=1), blobs(200, seed=2)
+    linear = Linear(epochs=5, batch_size=64)
+    assert features.local_mesh(len(linear.learning_rates)).size == 8
+    together = linear.fit(train, linear.learning_rates, 5)
+    for r, rate in enumerate(linear.learning_rates):
+        alone = linear.fit(train, (rate,), 5)
+        np.testing.assert_allclose(together["w"][r], alone["w"][0], atol=1e-4, rtol=1e-4)
+        assert score(alone, test)[0] == score(together, test)[0][r]
+
+
+def test_linear_reaches_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    train, test = digits()
+    scaler = StandardScaler().fit(train.x)
+    model = LogisticRegression(max_iter=1000).fit(scaler.transform(train.x), train.label)
+    expected = model.score(scaler.transform(test.x), test.label)
+    found = dict(Linear()(train, test))
+    assert found["linear/top1"] > expected - 0.015
+    assert found == dict(Linear()(train, test))  # deterministic
+
+
+def test_test_labels_do_not_choose_the_rate():
+    train, test = blobs(300, seed=1), blobs(200, seed=2)
+    linear = Linear((0.001, 0.1), epochs=5, batch_size=64)
+    shuffled = Features(test.x, np.random.default_rng(0).permutation(test.label))
+    honest, other = dict(linear(train, test)), dict(linear(train, shuffled))
+    assert honest["linear/learning_rate"] == other["linear/learning_rate"]
+    assert honest["linear/top1"] > other["linear/top1"] + 0.1
+
+
+def test_linear_chooses_by_held_out_rows():
+    assert Linear((1e-9, 0.1), epochs=5).select(blobs(300)) == 0.1
+    assert Linear((0.1, 1e-9), epochs=5).select(blobs(300)) == 0.1
+
+
+def test_linear_takes_a_missing_class_and_refuses_none_held_out():
+    train, test = blobs(300, seed=1), blobs(200, seed=2)
+    few = Features(train.x[train.label < 3], train.label[train.label < 3])
+    assert 0.1 < dict(Linear((0.01, 0.1), epochs=5)(few, test))["linear/top1"] < 0.7
+    with pytest.raises(ValueError, match="give more examples"):
+        Linear().select(blobs(1))
+
+
+# health ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, D", [(500, 32), (20, 64)])
+@pytest.mark.parametrize("decay", [0.0, 1.0, 8.0])
+def test_rankme_is_that_of_a_float64_svd(n, D, decay):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(n, D)) * np.exp(-decay * np.arange(D) / 8)).astype(np.float32)
+    s = np.linalg.svd(x.astype(np.float64), compute_uv=False)
+    p = s / s.sum() + 1e-7
+    assert health.rankme(x) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
+
+
+def test_uniformity_and_alignment_are_brute_force(monkeypatch):
+    monkeypatch.setattr(health, "CHUNK", 48)
+    x, y = blobs(301, seed=1).x, blobs(301, seed=2).x
+    a, b = (z / np.linalg.norm(z.astype(np.float64), axis=1, keepdims=True) for z in (x, y))
+    square = np.square(a[:, None] - a[None]).sum(-1)[~np.eye(301, dtype=bool)]
+    assert health.uniformity(x) == pytest.approx(np.log(np.exp(-2 * square).mean()), rel=1e-5)
+    assert health.alignment(x, y) == pytest.approx(np.square(a - b).sum(1).mean(), rel=1e-5)
+
+
+def test_health_tells_alive_from_collapsed():
+    sphere = Features(np.random.default_rng(0).normal(size=(2000, 64)), np.zeros(2000, np.int32))
+    alive = dict(Health()(sphere, sphere, lambda: (sphere.x, -sphere.x)))
+    assert alive["health/feature_std"] == pytest.approx(1, abs=0.01)
+    assert alive["health/rankme"] > 62 and alive["health/uniformity"] < -3.5
+    assert alive["health/alignment"] == pytest.approx(4)
+    for value in (0, 3):
+        dead = Features(np.full((100, 64), value, np.float32), np.zeros(100, np.int32))
+        dead = dict(Health()(dead, dead))
+        assert abs(dead["health/feature_std"]) < 1e-6 and abs(dead["health/uniformity"]) < 1e-5
+        assert "health/alignment" not in dead
+    assert dead["health/rankme"] == pytest.approx(1, abs=0.01)
+
+
+# features and probes ---------------------------------------------------------------------------
+
+traces = []
+
+
+class Patches(nn.Module):
+    """A class token, then 4 x 4 patches, embedded; it counts its traces."""
+
+    width: int = 12
+    dtype: jnp.dtype = jnp.float32
+    prefix: ClassVar[int] = 1
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        assert not train
+        traces.append(x.shape)
+        x = nn.Conv(self.width, (4, 4), (4, 4), dtype=self.dtype)(x)
+        x = x.reshape(len(x), -1, self.width)
+        return jnp.concatenate([-x[:, :1], x], 1)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """[0, 1], and V noisy renderings where V is not 0."""
+
+    views: int = 0
+
+    def __call__(self, key, batch):
+        x = batch["image"].astype(jnp.float32) / 255
+        if self.views:
+            x = x[:, None] + 0.1 * jax.random.normal(key, (len(x), self.views, *x.shape[1:]))
+        return {"image": x}
+
+
+@dataclass(frozen=True)
+class Views:
+    train: Scale = Scale(2)
+    eval: Scale = Scale()
+
+
+@dataclass(frozen=True)
+class Set:
+    """n noisy images, red or blue; `labels` none, missing (-1) or all."""
+
+    n: int
+    seed: int = 0
+    labels: str = "all"
+
+    def epoch(self, batch_size, host=0, hosts=1):
+        rng = np.random.default_rng(self.seed)
+        y = rng.integers(2, size=self.n).astype(np.int32)
+        x = rng.integers(128, size=(self.n, 8, 8, 3))
+        x[np.arange(self.n), ..., 2 * y] += 127
+        y = y if self.labels == "all" else np.full_like(y, -1)
+        for i in range(0, self.n, batch_size):
+            at = np.minimum(np.arange(i, i + batch_size), self.n - 1)
+            batch = {
+                "image": x[at].astype(np.uint8),
+                "valid": np.arange(i, i + batch_size) < self.n,
+            }
+            batch = {**batch, "extent": np.full((batch_size, 2), 8, np.int32)}
+            yield batch if self.labels == "none" else {**batch, "label": y[at]}
+
+
+def variables(module=None, seed=0):
+    return (module or Patches()).init(jax.random.key(seed), jnp.zeros((1, 8, 8, 3)))
+
+
+def test_extract_is_the_forward_pass_of_valid_rows():
+    module, params, (batch,) = Patches(), variables(), Set(100).epoch(100)
+    tokens = module.apply(params, batch["image"].astype(np.float32) / 255)
+    for pool, expected in (("mean", tokens[:, 1:].mean(1)), ("first", tokens[:, 0])):
+        whole = extract(module, params, Scale(), Set(100).epoch(100), pool)
+        parts = extract(module, params, Scale(), Set(100).epoch(7), pool)
+        assert whole.x.dtype == np.float32 and whole.label.dtype == np.int32
+        np.testing.assert_allclose(whole.x, expected, atol=1e-6)
+        np.testing.assert_allclose(whole.x, parts.x, atol=1e-6)
+        np.testing.assert_array_equal(whole.label, batch["label"])
+        np.testing.assert_array_equal(parts.label, batch["label"])
+    half = extract(replace(module, dtype=jnp.bfloat16), params, Scale(), Set(100).epoch(100))
+    assert half.x.dtype == np.float32
+    np.testing.assert_allclose(half.x, tokens[:, 1:].mean(1), atol=0.02)
+
+
+def test_extract_compiles_once():
+    data = Set(50)
+    early, late = variables(Patches(5), 0), variables(Patches(5), 1)
+    traces.clear()
+    first = extract(Patches(5), early, Scale(), data.epoch(16))
+    second = extract(Patches(5), late, Scale(), data.epoch(16))
+    assert traces == [(16, 8, 8, 3)]
+    assert np.abs(first.x - second.x).max() > 0.01
+
+
+def test_extract_on_eight_devices_is_that_of_one():
+    mesh = Mesh(np.array(jax.devices()), ("fsdp",), axis_types=(AxisType.Auto,))
+    batch = NamedSharding(mesh, P("fsdp"))
+    alone = extract(Patches(), variables(), Scale(), Set(100).epoch(16))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(variables(), NamedSharding(mesh, P()))
+        spread = extract(Patches(), params, Scale(), Set(100).epoch(16), sharding=batch)
+        np.testing.assert_allclose(spread.x, alone.x, atol=1e-6)
+        np.testing.assert_array_equal(spread.label, alone.label)
+        with pytest.raises(ValueError, match="multiple of the number of devices"):
+            extract(Patches(), params, Scale(), Set(100).epoch(12), sharding=batch)
+
+
+def test_extract_names_what_is_wrong():
+    params = variables()
+    with pytest.raises(ValueError, match="name a source with labels"):
+        extract(Patches(), params, Scale(), Set(9, labels="none").epoch(4))
+    unlabelled = extract(Patches(), params, Scale(), Set(40, labels="missing").epoch(8))
+    for probe in (KNN(), Linear()):
+        with pytest.raises(ValueError, match="have no label"):
+            list(probe(unlabelled, unlabelled))
+    assert dict(Health()(unlabelled, unlabelled))
+    with pytest.raises(ValueError, match="use pool='mean'"):
+        extract(Pixels(), {}, Scale(), Set(9).epoch(4), "first")
+    with pytest.raises(ValueError, match="is empty"):
+        extract(Pixels(), {}, Scale(), ())
+    with pytest.raises(ValueError, match="not finite in 9 of 9"):
+        extract(Patches(), jax.tree.map(lambda p: p * np.nan, params), Scale(), Set(9).epoch(4))
+    with pytest.raises(ValueError, match="not finite in 1 of 3"):
+        Features(np.array([[1.0], [np.inf], [0]], np.float32), np.zeros(3, np.int32))
+
+
+class Objective:
+    def backbone(self, params, buffers):
+        return Patches(), {"params": params, **buffers}
+
+
+PROBES = Probes(
+    Set(200, 1), Set(100, 2), (KNN(), Linear((0.03, 0.3), epochs=5), Health()), batch_size=32
+)
+
+
+def test_probes_measure_a_backbone_and_pixels():
+    found = dict(PROBES(Objective(), variables()["params"], {}, Views()))
+    assert {name.split("/")[0] for name in found} == {"knn", "linear", "health"}
+    assert all(type(value) is float for value in found.values())
+    assert found["knn/top1"] > 0.95 and found["linear/top1"] > 0.95
+    assert 0 < found["health/alignment"] < 0.1
+    assert found == dict(PROBES(Objective(), variables()["params"], {}, Views()))
+    pixels = dict(replace(PROBES, on=(KNN(), Health())).measure(Pixels(), {}, Views()))
+    assert pixels["knn/top1"] > 0.95 and 0 < pixels["health/alignment"] < 2
+    assert {PROBES: 1}[replace(PROBES)] == 1 and "KNN(k=20" in repr(PROBES)
+
+
+def test_pairs_are_two_renderings_and_only_made_if_asked():
+    class Alone:
+        eval: ClassVar = Scale()
+
+    assert dict(replace(PROBES, on=(KNN(),)).measure(Pixels(), {}, Alone()))  # has no train view
+    seen = {}
+
+    def probe(train, test, pairs):
+        seen["x"], seen["y"] = pairs()
+        yield "none", 0.0
+
+    for views in (Views(), Views(train=Scale(1))):
+        list(replace(PROBES, on=(probe,), pairs=64).measure(Pixels(), {}, views))
+        gap = seen["x"] - seen["y"]
+        assert gap.shape == (64, 192) and np.std(gap) == pytest.approx(0.1 * 2**0.5, rel=0.05)
