@@ -1,0 +1,1 @@
+"""Records -> batches: numpy and Grain on the host, never jax."""

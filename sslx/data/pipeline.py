@@ -1,0 +1,309 @@
+"""Records -> global batches, by law.
+
+Which examples are in the global batch of step s, in which order, is a pure function of (seed, step,
+mixture, global batch size): it knows nothing of hosts, workers and restarts. Only numbers of
+records are shuffled, mixed and batched; one map at the end reads a whole batch of them.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from sslx.data import sources
+from sslx.data.image import Image
+from sslx.data.sources import DataError, Source
+
+log = logging.getLogger("sslx")
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A source, or a mixture ((source, weight), ...), decoded into batches of arrays.
+
+    source       Source or URI; a mixture draws from each by its weight, each in its own epochs
+    decode       record -> example, a dict of arrays of one fixed shape
+    labels       whether batches carry `label`; pretraining batches carry none at all
+    max_corrupt  share of a source's records that may be undecodable before the run stops; any
+                 share but 0 allows one record
+    workers      processes that read and decode, 0 for threads in this one; None chooses
+    """
+
+    source: str | Source | tuple[tuple[str | Source, float], ...]
+    decode: Image
+    labels: bool = False
+    max_corrupt: float = 0.01
+    workers: int | None = field(default=None, compare=False)
+
+    @cached_property
+    def mixture(self) -> tuple[tuple[Source, float], ...]:
+        parts = self.source if isinstance(self.source, tuple) else ((self.source, 1.0),)
+        opened = []
+        for source, weight in parts:
+            if not weight > 0:
+                raise DataError(f"the weight of {source} is {weight}: weights are above zero")
+            if isinstance(source, str):
+                source = sources.open(source)
+            else:
+                source.check()
+            opened.append((source, weight))
+        return tuple(opened)
+
+    @cached_property
+    def ends(self) -> list[int]:
+        return list(accumulate(len(source) for source, _ in self.mixture))
+
+    def __len__(self) -> int:
+        """Records in all the sources together."""
+        return self.ends[-1]
+
+    @cached_property
+    def labelled(self) -> bool:
+        return all("label" in source[0] for source, _ in self.mixture)
+
+    def check(self) -> None:
+        """Raise DataError now for what can be known to fail later."""
+        if self.labels and not self.labelled:
+            raise DataError(f"{self.source} has records without a label: use labels=False")
+
+    def batches(
+        self, seed: int, batch_size: int, start: int = 0, host: int = 0, hosts: int = 1
+    ) -> "Batches":
+        """Batches of steps start, start + 1, ... without end: image, extent and maybe label.
+
+        `batch_size` is global; of it this host gets its `batch_size / hosts` consecutive examples,
+        so the hosts' parts laid end to end in host order are the global batch.
+        """
+        import grain
+
+        self.check()
+        local = part(batch_size, host, hosts)
+        orders = [
+            grain.MapDataset.range(begin, end).shuffle(seed=seed_of(seed, k)).repeat()
+            for k, (begin, end) in enumerate(zip([0, *self.ends], self.ends, strict=False))
+        ]
+        weights = [weight for _, weight in self.mixture]
+        order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
+        steps = order.batch(local, batch_fn=np.array)[host::hosts][start:]
+        return self.run(steps, local, self.labels, masked=False)
+
+    def epoch(self, batch_size: int, host: int = 0, hosts: int = 1) -> "Batches":
+        """Every record once, in order, for evaluation; with `label` if the sources have labels.
+
+        Every batch is full: `valid`, bool [B], is false for what pads the last one and for what
+        stands in for a corrupt record.
+        """
+        import grain
+
+        local = part(batch_size, host, hosts)
+        padded = -(-len(self) // batch_size) * batch_size
+        steps = grain.MapDataset.range(padded).batch(local, batch_fn=np.array)[host::hosts]
+        return self.run(steps, local, self.labelled, masked=True)
+
+    def run(self, steps, local: int, labels: bool, masked: bool) -> "Batches":
+        """Batches of record numbers -> batches of examples, read ahead."""
+        from grain import MultiprocessingOptions, ReadOptions
+
+        load = Load(tuple(s for s, _ in self.mixture), self.decode, labels, self.max_corrupt)
+        steps = steps.map(load)
+        workers = self.processes(local, min(len(steps) * local, sys.maxsize))
+        if not workers:
+            ahead = min(cores(), 8)
+            return Batches(steps.to_iter_dataset(ReadOptions(ahead, ahead)), load, masked)
+        mark_flags_parsed()
+        one = steps.to_iter_dataset(ReadOptions(0, 0))  # a worker is one thread
+        options = MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+        return Batches(one.mp_prefetch(options, worker_init_fn=off_device), load, masked)
+
+    def processes(self, local: int, records: int) -> int:
+        """How many workers: as asked, or one for each core but one where that repays its start."""
+        small = records < 20_000 or all(source.resident for source, _ in self.mixture)
+        few = 0 if small or cores() <= 2 else min(cores() - 1, 32)
+        workers = few if self.workers is None else self.workers
+        size = local * self.decode.size**2 * self.decode.channels
+        room = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else sys.maxsize
+        fit = max(0, room // (3 * size) - 1)  # one made, one waiting, one arriving; one in use
+        if self.workers and workers > fit:
+            raise DataError(
+                f"{workers} workers pass batches of {size >> 20} MiB through /dev/shm, which has "
+                f"{room >> 20} MiB: docker run --shm-size=16g, or workers={fit}"
+            )
+        return min(workers, fit)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Record numbers [B] -> batch, `valid`, and what was `dropped` on the way.
+
+    A record that cannot be read or decoded gives way to the next one of its source, which depends
+    on nothing but the records; so the law holds with corrupt data too.
+    """
+
+    sources: tuple[Source, ...]
+    decode: Image
+    labels: bool
+    max_corrupt: float
+
+    @cached_property
+    def ends(self) -> list[int]:
+        return list(accumulate(map(len, self.sources)))
+
+    def limit(self, k: int) -> int:
+        """How many corrupt records source k may have."""
+        return max(self.max_corrupt > 0, int(self.max_corrupt * len(self.sources[k])))
+
+    def __call__(self, indices: np.ndarray) -> dict[str, Any]:
+        dropped, examples, valid = {}, [], []
+        for index in indices.tolist():
+            beyond = index >= self.ends[-1]  # pads an epoch: any example will do
+            if not (beyond and examples):
+                example, hops = self.example(index % self.ends[-1], dropped)
+            examples.append(example)
+            valid.append(not beyond and not hops)
+        batch = {name: np.stack([e[name] for e in examples]) for name in examples[0]}
+        return {**batch, "valid": np.array(valid), "dropped": tuple(dropped.items())}
+
+    def example(self, index: int, dropped: dict) -> tuple[dict[str, np.ndarray], int]:
+        """The first good example from `index` on, and how far on that is."""
+        k = bisect_right(self.ends, index)
+        source, first, bad = self.sources[k], index - (self.ends[k - 1] if k else 0), {}
+        for hops in range(min(self.limit(k) + 1, len(source))):
+            at = (first + hops) % len(source)
+            record = {"name": f"{source}#{at}"}
+            try:
+                record = read(source, at)
+                example = dict(self.decode(record))
+            except DataError:
+                raise
+            except Exception as error:  # decoders raise what they like: SyntaxError, struct.error
+                bad[k, record["name"]] = f"{type(error).__name__}: {error}"
+                continue
+            if self.labels:
+                example["label"] = np.int32(record.get("label", -1))
+            dropped.update(bad)
+            return example, hops
+        raise too_many({name: reason for (_, name), reason in bad.items()}, source)
+
+
+class Batches(Iterator[Batch]):
+    """Batches one after another; `dropped` says what was corrupt so far, {name: reason}.
+
+    Close it, or use it in `with`, to end its workers at once.
+    """
+
+    def __init__(self, dataset, load: Load, masked: bool):
+        self.load, self.masked = load, masked
+        self.dropped: dict[str, str] = {}
+        self.counts = Counter()
+        self.elements, self.spawned = iter(dataset), False
+
+    def __next__(self) -> Batch:
+        with contextlib.nullcontext() if self.spawned else without_main():
+            batch = next(self.elements)
+        self.spawned = True
+        for (k, name), reason in batch.pop("dropped"):
+            self.drop(k, name, reason)
+        if not self.masked:
+            del batch["valid"]
+        return {name: array.view(np.ndarray) for name, array in batch.items()}
+
+    def drop(self, k: int, name: str, reason: str) -> None:
+        if name in self.dropped:
+            return
+        log.warning("dropped %s, which cannot be decoded: %s", name, reason)
+        self.dropped[name] = reason
+        self.counts[k] += 1
+        if self.counts[k] > self.load.limit(k):
+            self.close()
+            raise too_many(self.dropped, self.load.sources[k])
+
+    def close(self) -> None:
+        self.elements.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def read(source: Source, index: int) -> dict[str, Any]:
+    """source[index]; a file that went away stops the run, as skipping it would break the law."""
+    try:
+        return source[index]
+    except OSError as error:
+        raise DataError(
+            f"{source}: record {index} became unreadable during the run ({error}); "
+            "restore the file and resume"
+        ) from error
+
+
+def too_many(dropped: Mapping[str, str], source: Source) -> DataError:
+    """The error for more corrupt records than allowed."""
+    few = "; ".join(f"{name} ({reason})" for name, reason in list(dropped.items())[-3:])
+    return DataError(
+        f"{source}: too many of {len(source)} records cannot be decoded, {len(dropped)} so far: "
+        f"{few}. Repair or remove them, or raise max_corrupt"
+    )
+
+
+def part(batch_size: int, host: int, hosts: int) -> int:
+    """Examples a host holds of each global batch."""
+    if batch_size < 1 or batch_size % hosts:
+        raise DataError(f"a global batch of {batch_size} does not divide among {hosts} hosts")
+    if not 0 <= host < hosts:
+        raise DataError(f"host {host} of {hosts}: hosts count from 0")
+    return batch_size // hosts
+
+
+def seed_of(seed: int, k: int) -> int:
+    """The shuffle of source k. Hashed: Grain's epochs are seed, seed + 1, ..., so that otherwise
+    the run with the next seed would see this run's second epoch first."""
+    return int(np.random.SeedSequence([seed, k]).generate_state(1)[0])
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def off_device(worker: int, workers: int) -> None:
+    """In a worker: should anything start jax there, it must not take the accelerator."""
+    del worker, workers
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # Grain has imported it, and with it read the environment
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+def mark_flags_parsed() -> None:
+    """Grain reads absl flags, which nobody parses outside an absl program."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+@contextlib.contextmanager
+def without_main():
+    """Keep spawned workers from running the user's program again: they have no need of it, as
+    what is defined there is pickled whole, and a script without the __main__ guard would fork."""
+    main = sys.modules["__main__"]
+    hidden = {
+        name: main.__dict__.pop(name) for name in ("__spec__", "__file__") if name in vars(main)
+    }
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__dict__.update({"__spec__": None} | hidden)
