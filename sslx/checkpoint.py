@@ -254,8 +254,8 @@ class Checkpoints:
             record = _seal({path: [_kind(x), digests[path]] for path, x in named.items()})
             tree = ocp.args.PyTreeSave({path: _data(x) for path, x in named.items()})
             target = self.directory / str(step)
-            self._sweep()
             try:
+                self._sweep()
                 self._orbax.save(target, args=tree, custom_metadata=record, force=True)
             except OSError as error:
                 return self._lost(step, error)
@@ -269,15 +269,21 @@ class Checkpoints:
         self._current = step
         self._bad.discard(step)
         # Later steps are an abandoned or damaged future: they neither count nor go.
-        good = [s for s in self.steps() if s <= step and s not in self._bad]
-        for old in self.keep.stale(good):
-            self._remove(self.directory / str(old))
+        try:
+            good = [s for s in self.steps() if s <= step and s not in self._bad]
+            for old in self.keep.stale(good):
+                self._remove(self.directory / str(old))
+        except OSError as error:
+            _say(logging.WARNING, "old checkpoints stay (%s)", _reason(error))
 
     def _lost(self, step: int, error: Exception) -> None:
         self._orbax = ocp.AsyncCheckpointer(self._handler)  # the old one would raise it again
-        self._sweep()
-        good = [s for s in self.steps() if s not in self._bad]
-        rest = f"the newest good one is step {good[-1]}" if good else "there is no other"
+        try:
+            self._sweep()
+            good = [s for s in self.steps() if s not in self._bad]
+            rest = f"the newest good one is step {good[-1]}" if good else "there is no other"
+        except OSError as gone:
+            rest = f"the others cannot be read ({_reason(gone)})"
         message = "checkpoint of step %d is lost (%s); %s; the run goes on"
         _say(logging.ERROR, message, step, _reason(error), rest)
 
@@ -328,7 +334,7 @@ class Checkpoints:
         """From the newest back to one that verifies, saying which did not and why."""
         for path in self._attempts():
             if not _finished(path):
-                _say(logging.WARNING, "checkpoint skipped: %s was never finished", path)
+                _say(logging.WARNING, "checkpoint skipped: %s is not finished", path)
         steps, skipped = self.steps() if step is None else [step], []
         if want is not None and jax.process_count() > 1:  # a shared disk may show them unequal
             newest = np.asarray(([-1] * 64 + steps)[-64:], np.int32)

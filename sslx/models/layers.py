@@ -1,0 +1,98 @@
+"""Linen layers that name the logical axis of every dimension they create."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Float
+
+from sslx.sharding import constrain
+from sslx.types import Array
+
+Init = Callable[..., Array]
+xavier = nn.initializers.xavier_uniform()
+
+
+class Dense(nn.Module):
+    """A linear map of the last `contract` axes onto `features`, initialized as one flat matrix.
+
+    `axes` names every dimension of the kernel, those contracted first. FAIR's xavier sees qkv as
+    one [D, 3D] matrix, so the fans are of the flat shape, whatever the kernel's own.
+    """
+
+    features: int | tuple[int, ...]
+    axes: tuple[str | None, ...]
+    contract: int = 1
+    use_bias: bool = True
+    kernel_init: Init = xavier
+    bias_init: Init = nn.initializers.zeros
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        features = (self.features,) if isinstance(self.features, int) else self.features
+        inputs = x.shape[-self.contract :]
+
+        def flat(key: Array, shape: Sequence[int], dtype: jnp.dtype) -> Array:
+            matrix = (math.prod(inputs), math.prod(features))
+            return self.kernel_init(key, matrix, dtype).reshape(shape)
+
+        named = nn.with_logical_partitioning
+        kernel = self.param("kernel", named(flat, self.axes), (*inputs, *features), jnp.float32)
+        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contract)
+        if not self.use_bias:
+            return y
+        outputs = self.axes[self.contract :]
+        bias = self.param("bias", named(self.bias_init, outputs), features, jnp.float32)
+        return y + bias.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Normalize the last axis (arXiv:1607.06450), statistics in float32, two-pass variance."""
+
+    epsilon: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (x * scale + bias).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (arXiv:1706.03762), softmax in float32."""
+
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        width = x.shape[-1]
+        if width % self.heads:
+            raise ValueError(f"A width of {width} does not divide into {self.heads} heads.")
+        shape = (3, self.heads, width // self.heads)
+        qkv = Dense(shape, ("embed", None, "heads", None), dtype=self.dtype, name="qkv")(x)
+        qkv = constrain(qkv, "batch", None, None, "heads", None)  # [B, N, 3, heads, D / heads]
+        out = jax.nn.dot_product_attention(*(qkv[:, :, i] for i in range(3)))
+        return Dense(width, ("heads", None, "embed"), contract=2, dtype=self.dtype, name="out")(out)
+
+
+class MLP(nn.Module):
+    """Two linear maps around an erf GELU."""
+
+    ratio: float = 4.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        width = x.shape[-1]
+        hidden = int(width * self.ratio)
+        x = Dense(hidden, ("embed", "mlp"), dtype=self.dtype, name="up")(x)
+        x = jax.nn.gelu(constrain(x, "batch", None, "mlp"), approximate=False)
+        return Dense(width, ("mlp", "embed"), dtype=self.dtype, name="down")(x)

@@ -1,0 +1,64 @@
+"""A stack of transformer blocks, scanned over depth and rematerialized by a named policy."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Float
+
+from sslx.models.layers import MLP, Attention, LayerNorm
+from sslx.sharding import constrain
+from sslx.types import Array
+
+Remat = Literal["none", "dots", "full"]
+
+# What the backward pass finds stored: everything, results of matrix products, block inputs.
+POLICIES: dict[str, Callable[..., bool]] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    heads: int
+    mlp_ratio: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> tuple[Float[Array, "B N D"], None]:
+        x = constrain(x, "batch", None, None)
+        h = LayerNorm(dtype=self.dtype, name="norm1")(x)
+        x = x + Attention(self.heads, self.dtype, name="attention")(h)
+        h = LayerNorm(dtype=self.dtype, name="norm2")(x)
+        x = x + MLP(self.mlp_ratio, self.dtype, name="mlp")(h)
+        return constrain(x, "batch", None, None), None
+
+
+class Transformer(nn.Module):
+    """`depth` pre-norm blocks and a final norm; params of all blocks are stacked on axis 0."""
+
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    dtype: jnp.dtype = jnp.float32
+    remat: Remat = "none"
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        block = nn.remat(Block, policy=POLICIES[self.remat], prevent_cse=False)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+            unroll=self.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = stack(self.heads, self.mlp_ratio, self.dtype, name="blocks")(x)
+        return LayerNorm(dtype=self.dtype, name="norm")(x)
