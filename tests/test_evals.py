@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sslx import sharding
 from sslx.evals import KNN, Features, Health, Linear, Pixels, Probes, extract, features, health, knn
 from sslx.evals.linear import score
 
@@ -304,17 +305,20 @@ def test_extract_compiles_once():
     assert np.abs(first.x - second.x).max() > 0.01
 
 
-def test_extract_on_eight_devices_is_that_of_one():
-    mesh = Mesh(np.array(jax.devices()), ("fsdp",), axis_types=(AxisType.Auto,))
-    batch = NamedSharding(mesh, P("fsdp"))
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_extract_on_eight_devices_is_that_of_one(tensor):
+    mesh = sharding.Mesh(tensor=tensor).build()
+    batch = sharding.batch_sharding(mesh)
     alone = extract(Patches(), variables(), Scale(), Set(100).epoch(16))
     with jax.set_mesh(mesh):
         params = jax.device_put(variables(), NamedSharding(mesh, P()))
         spread = extract(Patches(), params, Scale(), Set(100).epoch(16), sharding=batch)
         np.testing.assert_allclose(spread.x, alone.x, atol=1e-6)
         np.testing.assert_array_equal(spread.label, alone.label)
-        with pytest.raises(ValueError, match="multiple of the number of devices"):
-            extract(Patches(), params, Scale(), Set(100).epoch(12), sharding=batch)
+        one = dict(PROBES(Objective(), params["params"], {}, Views(), batch))  # inside the mesh
+    assert one["knn/top1"] > 0.95
+    with pytest.raises(ValueError, match="does not divide over"):
+        list(replace(PROBES, batch_size=30).measure(Patches(), params, Views(), batch))
 
 
 def test_extract_names_what_is_wrong():

@@ -86,6 +86,11 @@ def extract(
     """
     run = _forward(module, view, pool, sharding)
     pending, rows = deque(), []
+
+    def fetch():
+        x, label, valid = jax.device_get(pending.popleft())
+        rows.append((x[valid], label[valid]))
+
     for i, batch in enumerate(batches):
         if "label" not in batch:
             raise ValueError(
@@ -94,12 +99,12 @@ def extract(
             )
         pending.append(run(variables, _place(batch, sharding), np.uint32(seed), np.int32(i)))
         if len(pending) > IN_FLIGHT:
-            rows.append(jax.device_get(pending.popleft()))
-    rows += jax.device_get(list(pending))
+            fetch()
+    while pending:
+        fetch()
     if not rows:
         raise ValueError("No batches to take features of: the labelled pipeline is empty.")
-    x, label, valid = (np.concatenate(leaf) for leaf in zip(*rows, strict=True))
-    return Features(x[valid], label[valid])
+    return Features(*(np.concatenate(leaf) for leaf in zip(*rows, strict=True)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -118,12 +123,6 @@ def _forward(module, view, pool, sharding):
 def _place(batch, sharding):
     if sharding is None:
         return jax.device_put(batch)
-    rows, ways = len(batch["label"]), len(sharding.addressable_devices)
-    if rows % ways:
-        raise ValueError(
-            f"{rows} rows of a batch do not divide over {ways} devices: use a batch_size that is "
-            f"a multiple of the number of devices."
-        )
     place = functools.partial(jax.make_array_from_process_local_data, sharding)
     return jax.tree.map(place, dict(batch))
 

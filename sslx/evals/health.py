@@ -64,7 +64,7 @@ def rankme(x: np.ndarray) -> float:
 
 
 def uniformity(x: np.ndarray, t: float = 2.0) -> float:
-    """log mean exp(-t |x_i - x_j|^2) over pairs i != j of unit features (arXiv:2005.10242, 4.1.2).
+    """log mean exp(-t |x_i - x_j|^2) over pairs i != j of unit features (arXiv:2005.10242).
 
     0 when all features are one; about -2 t on a high-dimensional sphere.
     """

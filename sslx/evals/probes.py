@@ -16,6 +16,7 @@ from sslx.evals.features import Features, Pool, extract
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
 from sslx.evals.linear import Linear
+from sslx.sharding import check_batch
 from sslx.types import Array, Buffers, Params, Tree
 
 Pairs = Callable[[], tuple[np.ndarray, np.ndarray]]
@@ -54,7 +55,10 @@ class Probes:
         self, module: nn.Module, variables: Tree, views: Any, sharding: NamedSharding | None = None
     ) -> Iterator[tuple[str, float]]:
         """(name, value) for any encoder; `measure(Pixels(), {}, views)` is the raw-pixel floor."""
-        host, hosts = (0, 1) if sharding is None else (jax.process_index(), jax.process_count())
+        host, hosts = 0, 1
+        if sharding is not None:
+            check_batch(self.batch_size, sharding.mesh)
+            host, hosts = jax.process_index(), jax.process_count()
 
         def features(data, view, batches=None, seed=0):
             with contextlib.closing(data.epoch(self.batch_size, host, hosts)) as epoch:
