@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import weakref
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -95,7 +96,7 @@ class Pipeline:
         ]
         weights = [weight for _, weight in self.mixture]
         order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
-        steps = order.batch(local, batch_fn=np.array)[host::hosts][start:]
+        steps = order.batch(local, drop_remainder=True, batch_fn=np.array)[host::hosts][start:]
         return self.run(steps, local, self.labels, masked=False)
 
     def epoch(self, batch_size: int, host: int = 0, hosts: int = 1) -> "Batches":
@@ -164,25 +165,42 @@ class Load:
         return max(self.max_corrupt > 0, int(self.max_corrupt * len(self.sources[k])))
 
     def __call__(self, indices: np.ndarray) -> dict[str, Any]:
-        dropped, examples, valid = {}, [], []
-        for index in indices.tolist():
+        indices, dropped, examples, valid = indices.tolist(), {}, [], []
+        places = [self.place(index) for index in indices]
+        records = self.records(places)
+        for index, place in zip(indices, places, strict=True):
             beyond = index >= self.ends[-1]  # pads an epoch: any example will do
             if not (beyond and examples):
-                example, hops = self.example(index % self.ends[-1], dropped)
+                example, hops = self.example(*place, records, dropped)
             examples.append(example)
             valid.append(not beyond and not hops)
         batch = {name: np.stack([e[name] for e in examples]) for name in examples[0]}
         return {**batch, "valid": np.array(valid), "dropped": tuple(dropped.items())}
 
-    def example(self, index: int, dropped: dict) -> tuple[dict[str, np.ndarray], int]:
-        """The first good example from `index` on, and how far on that is."""
-        k = bisect_right(self.ends, index)
-        source, first, bad = self.sources[k], index - (self.ends[k - 1] if k else 0), {}
+    def place(self, index: int) -> tuple[int, int]:
+        """A number over all sources -> (source, number in it)."""
+        k = bisect_right(self.ends, index % self.ends[-1])
+        return k, index % self.ends[-1] - (self.ends[k - 1] if k else 0)
+
+    def records(self, places: list[tuple[int, int]]) -> dict[tuple[int, int], Any]:
+        """What one reading of each source gives; nothing of a source where that fails."""
+        found = {}
+        for k, source in enumerate(self.sources):
+            wanted = sorted({at for j, at in places if j == k})
+            with contextlib.suppress(Exception):  # read one by one, the bad record has a name
+                found |= zip([(k, at) for at in wanted], source.records(wanted), strict=True)
+        return found
+
+    def example(
+        self, k: int, first: int, records: dict, dropped: dict
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """The first good example of source k from `first` on, and how many were not."""
+        source, bad = self.sources[k], {}
         for hops in range(min(self.limit(k) + 1, len(source))):
             at = (first + hops) % len(source)
             record = {"name": f"{source}#{at}"}
             try:
-                record = read(source, at)
+                record = records.get((k, at)) or read(source, at)
                 example = dict(self.decode(record))
             except DataError:
                 raise
@@ -206,17 +224,20 @@ class Batches(Iterator[Batch]):
         self.load, self.masked = load, masked
         self.dropped: dict[str, str] = {}
         self.counts = Counter()
-        self.elements, self.spawned = iter(dataset), False
+        self.elements, self.started = [iter(dataset)], False
+        self.close = weakref.finalize(self, end, self.elements)  # when forgotten, and at exit too
 
     def __next__(self) -> Batch:
-        with contextlib.nullcontext() if self.spawned else without_main():
-            batch = next(self.elements)
-        self.spawned = True
+        if not self.close.alive:
+            raise DataError("these batches were closed; ask the pipeline for new ones")
+        with contextlib.nullcontext() if self.started else without_main():
+            batch = next(self.elements[0])
+        self.started = True
         for (k, name), reason in batch.pop("dropped"):
             self.drop(k, name, reason)
         if not self.masked:
             del batch["valid"]
-        return {name: array.view(np.ndarray) for name, array in batch.items()}
+        return {name: owned(array) for name, array in batch.items()}
 
     def drop(self, k: int, name: str, reason: str) -> None:
         if name in self.dropped:
@@ -228,14 +249,30 @@ class Batches(Iterator[Batch]):
             self.close()
             raise too_many(self.dropped, self.load.sources[k])
 
-    def close(self) -> None:
-        self.elements.close()
-
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         self.close()
+
+
+def end(elements: list) -> None:
+    """Stop a Grain iterator and let go of it: alive at exit, it would complain."""
+    elements.pop().close()
+
+
+def owned(array: np.ndarray) -> np.ndarray:
+    """A worker's array without Grain's wrapper: its segment has lost its name already, so nothing
+    is left behind however the program ends, and lives as long as the array."""
+    memory = getattr(array, "shm", None)
+    if memory is None:
+        return array
+    array._unlink_on_del = False
+    memory.unlink()
+    plain = np.ndarray(array.shape, array.dtype, buffer=memory._mmap)
+    memory.buf.release()
+    memory._buf = memory._mmap = None  # the mapping is the array's now; close() keeps off it
+    return plain
 
 
 def read(source: Source, index: int) -> dict[str, Any]:
