@@ -222,11 +222,16 @@ class Checkpoints:
         self.keep = keep
         # Compression saves 8 % of float32 weights and takes seven times as long.
         self._handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
-        self._orbax = ocp.AsyncCheckpointer(self._handler)
+        self._orbax = self._writer()
         self._worker = ThreadPoolExecutor(1, "sslx-checkpoint")
         self._pending: Future | None = None
         self._current: int | None = None  # the step last saved or restored
         self._bad: set[int] = set()  # steps that this process saw fail
+
+    def _writer(self) -> ocp.AsyncCheckpointer:
+        """Directories made in the background, if they fail, leave threads waiting for minutes."""
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        return ocp.AsyncCheckpointer(self._handler, async_options=options)
 
     def steps(self) -> list[int]:
         """The finished ones on disk, oldest first, verified or not."""
@@ -277,7 +282,7 @@ class Checkpoints:
             _say(logging.WARNING, "old checkpoints stay (%s)", _reason(error))
 
     def _lost(self, step: int, error: Exception) -> None:
-        self._orbax = ocp.AsyncCheckpointer(self._handler)  # the old one would raise it again
+        self._orbax = self._writer()  # the old one would raise it again
         try:
             self._sweep()
             good = [s for s in self.steps() if s not in self._bad]

@@ -291,6 +291,28 @@ def test_flips_in_any_file_walk_back_and_never_look_like_another_state(saved):
             file.write_bytes(before)
 
 
+def test_a_damaged_record_is_not_another_state(saved, caplog):
+    file = saved.directory / "3" / "_CHECKPOINT_METADATA"
+    file.write_text(file.read_text().replace("float32[64,48]", "float32[64,49]"))
+    assert reopen(saved).restore(abstract(state()))[0] == 2
+    assert "step 3: ValueError: the record of the arrays is damaged" in caplog.text
+
+
+def test_one_lost_sign_does_not_hide_a_checkpoint(saved):
+    (saved.directory / "2" / "_CHECKPOINT_METADATA").unlink()
+    (saved.directory / "3" / "commit_success.txt").unlink()
+    assert reopen(saved).steps() == [1, 2, 3]
+    assert reopen(saved).restore(abstract(state()))[0] == 3
+
+
+def test_the_record_lies_where_orbax_puts_it(saved):
+    """The one file name of orbax's that checkpoint.py reads by itself."""
+    text = (saved.directory / "3" / "_CHECKPOINT_METADATA").read_text()
+    record = json.loads(text)["custom_metadata"]["arrays"]
+    assert record["step"] == ["int32[]", digest(state(3))["step"]]
+    assert record["key"][0] == "key<fry>[]"
+
+
 @pytest.mark.parametrize("how", ["truncate", "empty", "delete"])
 def test_truncated_and_missing_files(saved, how, caplog):
     missed = []
@@ -328,8 +350,8 @@ def test_stray_directories(saved, caplog):
     again = reopen(saved)
     assert again.steps() == [1, 2, 3]
     assert again.restore(abstract(state()))[0] == 3
-    assert "9 was never finished" in caplog.text
-    assert "8.orbax-checkpoint-tmp was never finished" in caplog.text
+    assert "9 is not finished" in caplog.text
+    assert "8.orbax-checkpoint-tmp is not finished" in caplog.text
     again.save(9, state(9))  # over the empty one
     again.wait()
     assert again.restore(abstract(state()))[0] == 9
@@ -339,7 +361,7 @@ def test_stray_directories(saved, caplog):
 def test_only_strays_is_a_new_run(tmp_path, caplog):
     (tmp_path / "9").mkdir()
     assert Checkpoints(tmp_path).restore(abstract(state())) is None
-    assert "9 was never finished" in caplog.text
+    assert "9 is not finished" in caplog.text
 
 
 # ---- another state ----
@@ -392,7 +414,7 @@ def test_retention(tmp_path):
 
 
 def test_damaged_ones_do_not_push_out_the_newest_good_one(tmp_path):
-    first = Checkpoints(tmp_path, Retention(last=1))
+    first = Checkpoints(tmp_path)
     save_all(first, [10])
     shutil.copytree(tmp_path / "10", tmp_path / "20")
     shutil.copytree(tmp_path / "10", tmp_path / "30")
@@ -405,6 +427,14 @@ def test_damaged_ones_do_not_push_out_the_newest_good_one(tmp_path):
     save_all(again, [20])  # over the damaged one
     assert Checkpoints(tmp_path).restore(X, step=20)[1]["x"].tolist() == [20] * 3
     assert again.steps() == [20, 30]
+
+
+def test_going_back_keeps_what_was_gone_back_to(tmp_path):
+    save_all(Checkpoints(tmp_path), [10, 20, 30])
+    again = Checkpoints(tmp_path, Retention(last=1))
+    assert again.restore(X, step=10)[0] == 10
+    save_all(again, [15])  # 20 and 30 are newer, but not its past
+    assert again.steps() == [15, 20, 30]
 
 
 def test_the_same_step_is_not_written_twice(tmp_path):
@@ -477,6 +507,30 @@ def test_a_disk_without_room_for_a_directory(small_disk, caplog):
     checkpoints.close()
 
 
+def test_a_disk_that_turns_read_only_and_one_that_fails(small_disk, caplog, monkeypatch):
+    checkpoints = Checkpoints(small_disk / "run", Retention(last=1))
+    save_all(checkpoints, [1])
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    save_all(checkpoints, [2])
+    assert "step 2 is lost (OSError: [Errno 30] Read-only file system" in caplog.text
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    save_all(checkpoints, [3])
+    assert checkpoints.steps() == [3]
+    with monkeypatch.context() as patch:
+
+        def broken(path):
+            raise OSError("Input/output error")
+
+        patch.setattr(type(checkpoints.directory), "iterdir", broken)
+        save_all(checkpoints, [4])
+        assert "step 4 is lost (OSError: Input/output error); the others cannot" in caplog.text
+        with pytest.raises(OSError, match="Input/output"):  # not: a new run
+            checkpoints.restore(X)
+    save_all(checkpoints, [5])
+    assert checkpoints.steps() == [5]
+    checkpoints.close()
+
+
 def child(code, *args, devices=1, **env):
     """A process of its own that runs `code`."""
     flags = f"--xla_force_host_platform_device_count={devices}"
@@ -488,6 +542,23 @@ def child(code, *args, devices=1, **env):
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def test_a_lost_save_does_not_keep_the_process(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    process = child(
+        """
+        import logging, sys, jax.numpy as jnp
+        from sslx.checkpoint import Checkpoints
+        logging.basicConfig(format="%(message)s")
+        checkpoints = Checkpoints(sys.argv[1])
+        checkpoints.save(1, {"x": jnp.ones(3)})
+        checkpoints.close()
+        """,
+        small_disk,
+    )
+    text, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and text.count("\n") == 1 and "step 1 is lost" in text, text
 
 
 def test_kill_in_the_middle_of_a_save(tmp_path, caplog):
@@ -512,7 +583,7 @@ def test_kill_in_the_middle_of_a_save(tmp_path, caplog):
     checkpoints = Checkpoints(tmp_path)
     step, got = checkpoints.restore({"x": jax.ShapeDtypeStruct((50_000_000,), jnp.float32)})
     assert step == 1 and bool((got["x"] == 1).all())
-    assert "2.orbax-checkpoint-tmp was never finished" in caplog.text
+    assert "2.orbax-checkpoint-tmp is not finished" in caplog.text
     checkpoints.save(2, got)
     checkpoints.wait()
     assert sorted(os.listdir(tmp_path)) == ["1", "2"]
@@ -569,14 +640,6 @@ def test_two_processes_save_and_restore_and_one_restores_theirs(tmp_path):
     step, got = Checkpoints(tmp_path).restore(abstract(want))
     assert step == 3
     assert_equal(got, want)
-
-
-def test_two_orbaxes_agree_on_where_the_record_lies(saved):
-    """The one file name of orbax's that checkpoint.py reads by itself."""
-    text = (saved.directory / "3" / "_CHECKPOINT_METADATA").read_text()
-    record = json.loads(text)["custom_metadata"]["arrays"]
-    assert record["step"] == ["int32[]", digest(state(3))["step"]]
-    assert record["key"][0] == "key<fry>[]"
 
 
 def test_orbax_is_silent(tmp_path):
