@@ -97,7 +97,9 @@ def extract(
                 f"Probes read label [B] but this batch has only {', '.join(batch)}: name a source "
                 f"with labels (class folders, a `label` column) as their train and test."
             )
-        pending.append(run(variables, _place(batch, sharding), np.uint32(seed), np.int32(i)))
+        batch = _place(batch, sharding)
+        with jax.transfer_guard("allow"):  # of two scalars
+            pending.append(run(variables, batch, np.uint32(seed), np.int32(i)))
         if len(pending) > IN_FLIGHT:
             fetch()
     while pending:

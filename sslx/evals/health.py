@@ -71,13 +71,14 @@ def uniformity(x: np.ndarray, t: float = 2.0) -> float:
     n, chunk = len(x), min(CHUNK, len(x))
     mesh = local_mesh(1)
     with jax.set_mesh(mesh):
-        z = jax.device_put(unit(x), NamedSharding(mesh, P()))
-        parts = [_kernel(z, np.int32(i), np.float32(t), chunk) for i in range(0, n, chunk)]
+        starts = list(np.arange(0, n, chunk, np.int32))
+        z, starts = jax.device_put((unit(x), starts), NamedSharding(mesh, P()))
+        parts = [_kernel(z, i, t, chunk) for i in starts]
     total = np.concatenate(jax.device_get(parts)).sum(dtype=np.float64)
     return float(np.log(total / (n * (n - 1))))
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _kernel(z, i, t, chunk):
     """Rows i, ... i + chunk of the kernel matrix of z [n, D], summed without the diagonal."""
     n = len(z)

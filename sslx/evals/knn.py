@@ -48,8 +48,8 @@ class KNN:
                     jax.device_put(x[i : i + chunk], split),
                     bank,
                     label,
-                    np.float32(self.temperature),
                     self.k,
+                    self.temperature,
                     train.classes,
                 )
                 for i in starts
@@ -60,20 +60,19 @@ class KNN:
         return out
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _vote(query, bank, label, temperature, k, classes):
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _vote(query, bank, label, k, temperature, classes):
     """Predictions [Q] of queries [Q, D], each device on its own rows of them."""
 
-    def vote(query, bank, label, temperature):
+    def vote(query, bank, label):
         s, y = nearest(query, bank, label, k)  # [Q, k]
         weight = jnp.exp((s - s[:, :1]) / temperature)  # relative to the nearest: no overflow
         row = jnp.arange(len(query))[:, None]
         return jnp.zeros((len(query), classes)).at[row, y].add(weight).argmax(-1)
 
-    specs = (P("rows"), P(), P(), P())
-    return jax.shard_map(vote, in_specs=specs, out_specs=P("rows"), check_vma=False)(
-        query, bank, label, temperature
-    )
+    specs = (P("rows"), P(), P())
+    vote = jax.shard_map(vote, in_specs=specs, out_specs=P("rows"), check_vma=False)
+    return vote(query, bank, label)
 
 
 def nearest(query, bank, label, k):

@@ -59,10 +59,11 @@ class Linear:
         """One classifier per learning rate, all in one scan; the rates split over devices."""
         mesh = local_mesh(len(rates))
         with jax.set_mesh(mesh):
-            x, y = jax.device_put((train.x, train.label), NamedSharding(mesh, P()))
+            data = train.x, train.label, np.uint32(self.seed)
+            x, y, seed = jax.device_put(data, NamedSharding(mesh, P()))
             rates = jax.device_put(np.array(rates, np.float32), NamedSharding(mesh, P("rows")))
             batch_size = min(self.batch_size, len(train.x))
-            heads = _fit(x, y, rates, np.uint32(self.seed), self.epochs, batch_size, classes)
+            heads = _fit(x, y, rates, seed, self.epochs, batch_size, classes)
         return jax.device_get(heads)
 
 
