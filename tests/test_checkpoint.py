@@ -420,6 +420,11 @@ def test_damaged_ones_do_not_push_out_the_newest_good_one(tmp_path):
     shutil.copytree(tmp_path / "10", tmp_path / "30")
     for step in (20, 30):
         (tmp_path / str(step) / "_CHECKPOINT_METADATA").write_text("{")
+    again = Checkpoints(tmp_path, Retention(last=2))
+    assert again.restore(X)[0] == 10
+    save_all(again, [40])  # so the newest good ones are 10 and 40
+    assert again.steps() == [10, 20, 30, 40]
+    shutil.rmtree(tmp_path / "40")
     again = Checkpoints(tmp_path, Retention(last=1))
     assert again.restore(X)[0] == 10
     save_all(again, [15])  # not 30, which counts as newer, but cannot be read
