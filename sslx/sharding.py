@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sslx.ops.trees import boxed
 from sslx.types import Array, Tree
 
 AXES = ("replica", "fsdp", "tensor")
@@ -101,15 +101,15 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
 
 
-def shardings(boxed: Tree, mesh: jax.sharding.Mesh) -> Tree:
+def shardings(state: Tree, mesh: jax.sharding.Mesh) -> Tree:
     """The NamedSharding of every leaf of an abstract state whose params still carry axis names."""
 
     def sharding(leaf) -> NamedSharding:
-        if isinstance(leaf, nn.LogicallyPartitioned):
+        if boxed(leaf):
             return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh))
         return NamedSharding(mesh, _by_size(leaf.shape, mesh))
 
-    return jax.tree.map(sharding, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    return jax.tree.map(sharding, state, is_leaf=boxed)
 
 
 def _by_size(shape: Sequence[int], mesh) -> P:

@@ -47,6 +47,12 @@ class Image:
             image = canvas
         return {"image": image, "extent": np.int32(extent)}
 
+    @property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape and dtype of what an example holds, known before any record is read."""
+        image = (self.size, self.size, self.channels)
+        return {"image": (image, np.uint8), "extent": ((2,), np.int32)}
+
     def fitted(self, picture) -> tuple[Any, tuple[int, int]]:
         """The picture at its final size, and the (height, width) of it."""
         mode = "RGB" if self.channels == 3 else "L"

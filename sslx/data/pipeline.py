@@ -78,6 +78,12 @@ class Pipeline:
         if self.labels and not self.labelled:
             raise DataError(f"{self.source} has records without a label: use labels=False")
 
+    def shapes(self, batch_size: int) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape and dtype of every array of a global batch; reads no data."""
+        label = {"label": ((), np.int32)} if self.labels else {}
+        example = {**self.decode.shapes, **label}
+        return {name: ((batch_size, *shape), dtype) for name, (shape, dtype) in example.items()}
+
     def batches(
         self, seed: int, batch_size: int, start: int = 0, host: int = 0, hosts: int = 1
     ) -> "Batches":
@@ -179,8 +185,9 @@ class Load:
 
     def place(self, index: int) -> tuple[int, int]:
         """A number over all sources -> (source, number in it)."""
-        k = bisect_right(self.ends, index % self.ends[-1])
-        return k, index % self.ends[-1] - (self.ends[k - 1] if k else 0)
+        index %= self.ends[-1]
+        k = bisect_right(self.ends, index)
+        return k, index - (self.ends[k - 1] if k else 0)
 
     def records(self, places: list[tuple[int, int]]) -> dict[tuple[int, int], Any]:
         """What one reading of each source gives; nothing of a source where that fails."""
@@ -198,17 +205,18 @@ class Load:
         source, bad = self.sources[k], {}
         for hops in range(min(self.limit(k) + 1, len(source))):
             at = (first + hops) % len(source)
-            record = {"name": f"{source}#{at}"}
+            record = records.get((k, at))
             try:
-                record = records.get((k, at)) or read(source, at)
-                example = dict(self.decode(record))
+                record = record or read(source, at)
+                example = self.decode(record)
             except DataError:
                 raise
             except Exception as error:  # decoders raise what they like: SyntaxError, struct.error
-                bad[k, record["name"]] = f"{type(error).__name__}: {error}"
+                name = record["name"] if record else f"{source}#{at}"
+                bad[k, name] = f"{type(error).__name__}: {error}"
                 continue
             if self.labels:
-                example["label"] = np.int32(record.get("label", -1))
+                example = {**example, "label": np.int32(record.get("label", -1))}
             dropped.update(bad)
             return example, hops
         raise too_many({name: reason for (_, name), reason in bad.items()}, source)

@@ -33,7 +33,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def backbone(self, params: Params, buffers: Buffers) -> tuple[nn.Module, Tree]:
-        """The encoder worth keeping and its variables: `module.apply(variables, x)` is [B, N, D]."""
+        """The encoder worth keeping and its variables; applied to x it gives tokens [B, N, D]."""
 
 
 def init(net: nn.Module, key: Array, *args, **kwargs) -> tuple[Params, Tree]:

@@ -114,5 +114,22 @@ class MAE(Objective):
         mean, var = target.mean(-1, keepdims=True), target.var(-1, keepdims=True, ddof=1)
         return (target - mean) * jax.lax.rsqrt(var + 1e-6)
 
+    def reconstruct(self, params: Params, batch: Batch, key: Array) -> Float[Array, "B V H W C"]:
+        """Each image three times: whole, masked (zero, the mean color), and with masked patches
+        filled in by the decoder, brought back to the mean and variance of the patch they hide.
+        """
+        image = batch["image"]
+        order, keep = self.mask(key, image)
+        grid, _ = self.shape(image)
+        back = jnp.argsort(order, axis=1)[..., None]
+        pixels = jnp.take_along_axis(self.predict(params, image, order, keep), back, 1)
+        patches = patchify(image, self.encoder.patch)  # [B, N, F]
+        if self.normalize:
+            mean, std = patches.mean(-1, keepdims=True), patches.std(-1, keepdims=True, ddof=1)
+            pixels = pixels * std + mean
+        hidden = back >= keep.shape[1]  # [B, N, 1]
+        panels = (patches, jnp.where(hidden, 0, patches), jnp.where(hidden, pixels, patches))
+        return jnp.stack([unpatchify(x, self.encoder.patch, grid) for x in panels], 1)
+
     def backbone(self, params: Params, buffers: Buffers) -> tuple[nn.Module, Tree]:
         return self.encoder, {"params": params["encoder"]}

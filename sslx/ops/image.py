@@ -55,7 +55,7 @@ def random_boxes(
     ratio: tuple[float, float],
     tries: int = 10,
 ) -> Int[Array, "B 4"]:
-    """torchvision's RandomResizedCrop boxes: area uniform in `scale`, aspect log-uniform in `ratio`.
+    """torchvision's RandomResizedCrop: area uniform in `scale`, aspect log-uniform in `ratio`.
 
     Of `tries` draws the first that fits into (height, width) = `extent` counts; if none does,
     the largest centered box within `ratio`.
@@ -86,7 +86,7 @@ def _centered_within(extent: Int[Array, "B 2"], ratio: tuple[float, float]) -> I
 
 
 def center_boxes(extent: Int[Array, "B 2"], share: float) -> Int[Array, "B 4"]:
-    """Centered squares with `share` of the short side: "resize to 256, crop 224" is share 224/256."""
+    """Centered squares with `share` of the short side: 224 / 256 is "resize to 256, crop 224"."""
     side = jnp.round(extent.min(1) * share).astype(jnp.int32)
     return jnp.stack([(extent[:, 0] - side) // 2, (extent[:, 1] - side) // 2, side, side], 1)
 

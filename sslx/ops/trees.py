@@ -3,8 +3,10 @@
 import re
 
 import jax
+import jax.numpy as jnp
+from flax.core.meta import AxisMetadata
 
-from sslx.types import Tree
+from sslx.types import Array, Tree
 
 
 def path_of(keys) -> str:
@@ -12,15 +14,22 @@ def path_of(keys) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
+def boxed(leaf) -> bool:
+    """Whether a leaf still carries the names of its axes."""
+    return isinstance(leaf, AxisMetadata)
+
+
 def matching(tree: Tree, pattern: str) -> Tree:
     """True for every leaf whose whole path matches the regular expression `pattern`."""
     compiled = re.compile(pattern)
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, _: compiled.fullmatch(path_of(keys)) is not None, tree
-    )
+
+    def match(keys, leaf):
+        hit = compiled.fullmatch(path_of(keys)) is not None
+        return jax.tree.map(lambda _: hit, leaf)  # a boxed leaf keeps its box
+
+    return jax.tree_util.tree_map_with_path(match, tree, is_leaf=boxed)
 
 
-def norm(tree: Tree) -> jax.Array:
+def norm(tree: Tree) -> Array:
     """The global L2 norm of all leaves, in float32."""
-    squares = [jax.numpy.sum(jax.numpy.square(x.astype("float32"))) for x in jax.tree.leaves(tree)]
-    return jax.numpy.sqrt(sum(squares))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))

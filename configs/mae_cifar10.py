@@ -1,0 +1,52 @@
+"""MAE on CIFAR-10 (arXiv:2111.06377; small-image settings after IcarusWizard/MAE).
+
+    sslx train configs/mae_cifar10.py data='parquet:DIR/train-*.parquet' \\
+        test='parquet:DIR/test-*.parquet' --workdir runs/cifar10
+
+or data=tfds:cifar10:train test=tfds:cifar10:test, prepared as array_record. The probes read the
+labels of both splits; pretraining reads none.
+"""
+
+from sslx.config import Config
+from sslx.data.image import Image
+from sslx.data.pipeline import Pipeline
+from sslx.evals.pictures import Reconstructions
+from sslx.evals.probes import Probes
+from sslx.models.vit import ViT
+from sslx.objectives.mae import MAE, Decoder
+from sslx.optim import AdamW, scaled
+from sslx.schedules import Cosine, Warmup
+from sslx.views import CIFAR10, mae
+
+
+def config(
+    data: str = "tfds:cifar10:train",
+    test: str = "tfds:cifar10:test",
+    epochs: int = 200,
+    batch_size: int = 256,
+    width: int = 192,
+    depth: int = 12,
+) -> Config:
+    pipeline = Pipeline(data, Image(32))
+    held_out = Pipeline(test, Image(32))
+    per_epoch = 50_000 // batch_size
+    steps, warm = epochs * per_epoch, epochs * per_epoch // 10
+    rate = scaled(1.5e-4, batch_size)
+    return Config(
+        objective=MAE(
+            ViT(width=width, depth=depth, heads=width // 64, patch=4),
+            Decoder(width=128, depth=2, heads=4),
+        ),
+        data=pipeline,
+        views=mae(32, statistics=CIFAR10),
+        optimizer=AdamW(Warmup(warm, Cosine(rate, 0.0, steps - warm)), b2=0.95, weight_decay=0.05),
+        steps=steps,
+        batch_size=batch_size,
+        evals={
+            "probes": Probes(pipeline, held_out),
+            "pictures": Reconstructions(held_out, *CIFAR10),
+        },
+        log_every=50,
+        save_every=5 * per_epoch,
+        eval_every=max(1, epochs // 4) * per_epoch,
+    )

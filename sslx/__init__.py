@@ -1,0 +1,48 @@
+"""sslx: self-supervised pretraining in JAX.
+
+Names load on first use: Grain's workers import `sslx.data`, and must not load jax with it.
+"""
+
+import importlib
+
+_HOMES = {
+    # a run
+    "Config": "sslx.config",
+    "load": "sslx.config",
+    "TrainState": "sslx.train",
+    "train_step": "sslx.train",
+    # data and views
+    "Pipeline": "sslx.data.pipeline",
+    "Image": "sslx.data.image",
+    "Views": "sslx.views",
+    # methods and models
+    "Objective": "sslx.objectives.base",
+    "MAE": "sslx.objectives.mae",
+    "Decoder": "sslx.objectives.mae",
+    "ViT": "sslx.models.vit",
+    "vit": "sslx.models.vit",
+    # optimization
+    "AdamW": "sslx.optim",
+    "Constant": "sslx.schedules",
+    "Linear": "sslx.schedules",
+    "Cosine": "sslx.schedules",
+    "Warmup": "sslx.schedules",
+    "Mesh": "sslx.sharding",
+    # results
+    "Probes": "sslx.evals.probes",
+    "Checkpoints": "sslx.checkpoint",
+    "Retention": "sslx.checkpoint",
+}
+
+__version__ = "0.1.0"
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sslx' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__():
+    return [*__all__, "__version__"]

@@ -1,0 +1,289 @@
+"""The command line. Heavy imports happen in the command that needs them."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+EPILOG = """\
+name=value fills an argument of the recipe's config(), a.b.c=value replaces along a path of it;
+`sslx show RECIPE` prints every path."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; errors that a user can mend are one line, `--traceback` shows the rest."""
+    root = parser()
+    arguments, rest = root.parse_known_args(argv)  # argparse ends name=value at the first flag
+    if bad := [x for x in rest if x.startswith("-") or "overrides" not in arguments]:
+        root.error(f"unrecognized arguments: {' '.join(bad)}")
+    arguments.overrides = [*getattr(arguments, "overrides", []), *rest]
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except Exception as error:
+        if arguments.traceback or not mendable(error):
+            raise
+        return fail(str(error), getattr(error, "code", 1))
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        "sslx", description="Self-supervised pretraining in JAX.", epilog=EPILOG
+    )
+    commands = root.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(run, summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(run.__name__.rstrip("_"), help=summary, description=summary)
+        added.add_argument("--traceback", action="store_true", help="show where an error arose")
+        added.set_defaults(run=run)
+        return added
+
+    def recipe(added: argparse.ArgumentParser, *flags: str, **options) -> None:
+        added.add_argument(*flags or ["recipe"], type=Path, metavar="RECIPE", **options)
+        added.add_argument("overrides", nargs="*", metavar="name=value")
+
+    train_ = command(train, "start a run, or resume it where it stopped")
+    recipe(train_, help="a recipe, or the directory of a run to resume")
+    train_.add_argument("--workdir", type=Path, metavar="RUN", help="default: runs/RECIPE")
+    train_.add_argument(
+        "--accept-changes", action="store_true", help="resume although the recipe has changed"
+    )
+    eval_added = command(eval_, "probe a run's features beside random init and raw pixels")
+    eval_added.add_argument("workdir", type=Path, metavar="RUN")
+    eval_added.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="labelled URIs")
+    eval_added.add_argument("--on", metavar="knn,linear,health", help="default: the recipe's")
+    eval_added.add_argument("--step", type=int, help="default: the newest checkpoint")
+    export_ = command(export, "write a run's weights for transformers or timm; needs no torch")
+    export_.add_argument("workdir", type=Path, metavar="RUN")
+    export_.add_argument("out", type=Path, metavar="OUT")
+    export_.add_argument("--format", choices=("hf", "timm"), default="hf")
+    export_.add_argument("--step", type=int, help="default: the newest checkpoint")
+    import_added = command(import_, "make a Hugging Face ViT-MAE a run to continue or probe")
+    import_added.add_argument("source", type=Path, metavar="DIR")
+    import_added.add_argument("workdir", type=Path, metavar="RUN")
+    recipe(import_added, "--recipe", default=Path("configs/mae_vit_imagenet.py"))
+    show_ = command(show, "print the config, params, shardings and FLOPs of a recipe")
+    recipe(show_)
+    return root
+
+
+def mendable(error: Exception) -> bool:
+    """Errors that carry their own advice, as opposed to bugs."""
+    from sslx.checkpoint import CheckpointError
+    from sslx.train import Diverged, Interrupted
+
+    return isinstance(error, ValueError | OSError | CheckpointError | Diverged | Interrupted)
+
+
+def fail(text: str, code: int) -> int:
+    print(f"sslx: {text}", file=sys.stderr)
+    return code
+
+
+# ---- commands ----
+
+
+def train(arguments) -> None:
+    from sslx.config import Recipe, recipe_of
+
+    path, run = arguments.recipe, arguments.workdir
+    if path.is_dir():
+        stored = recipe_of(path)
+        recipe, run = Recipe(stored.path, (*stored.overrides, *arguments.overrides)), path
+    else:
+        recipe = Recipe(path, tuple(arguments.overrides))
+        run = run or Path("runs") / path.stem
+    config = recipe.load()
+    refuse_changes(config, run, arguments.accept_changes)
+    start_jax()
+    import jax
+
+    from sslx import train as engine
+
+    config.data.check()
+    engine.abstract_state(config, config.mesh.build())  # what cannot work fails before it is saved
+    if jax.process_index() == 0:
+        recipe.save(run)
+    engine.train(config, run)
+
+
+def refuse_changes(config, run: Path, accepted: bool) -> None:
+    """Raise ConfigError when `run` was started as another run, with the difference."""
+    from sslx.config import ConfigError, difference, recipe_of
+
+    if not (run / "overrides.json").is_file() or accepted:
+        return
+    changes = difference(recipe_of(run).load(), config)
+    if changes:
+        raise ConfigError(
+            f"{run} was started with another recipe:\n  "
+            + "\n  ".join(changes)
+            + "\nuse another --workdir, or go on all the same with --accept-changes."
+        )
+
+
+def eval_(arguments) -> None:
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    start_jax()
+    import jax
+
+    from sslx.evals.features import Pixels
+    from sslx.sharding import batch_sharding
+    from sslx.train import fresh_state
+
+    config, mesh, step, state = restored(arguments.workdir, arguments.step)
+    probes, place = probes_of(config, arguments.data, arguments.on), batch_sharding(mesh)
+    with jax.set_mesh(mesh):
+
+        def measure(of):
+            return dict(probes(config.objective, of.params, of.buffers, config.views, place))
+
+        scores = {f"step {step}": measure(state)}
+        scores["random init"] = measure(fresh_state(config, mesh))
+        scores["pixels"] = dict(probes.measure(Pixels(), {}, config.views, place))
+    if jax.process_index():
+        return
+    table = Table("", *scores)
+    for name in scores[f"step {step}"]:
+        table.add_row(name, *(f"{of[name]:.4g}" if name in of else "" for of in scores.values()))
+    Console().print(table)
+    path = arguments.workdir / "evals.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if arguments.data:
+        scores = {f"{name} on {' '.join(arguments.data)}": of for name, of in scores.items()}
+    merged = before | {name: before.get(name, {}) | of for name, of in scores.items()}
+    path.write_text(json.dumps(merged, indent=1) + "\n")
+
+
+def probes_of(config, data: list[str] | None, on: str | None):
+    """The recipe's probes, or the default ones, on other data or only some of them."""
+    from sslx.config import ConfigError, unknown
+    from sslx.evals.probes import Probes
+
+    found = [e for e in config.evals.values() if isinstance(e, Probes)]
+    if not found and not data:
+        raise ConfigError("The recipe names no labelled data: give --data TRAIN TEST.")
+    if data:
+        sets = [dataclasses.replace(config.data, source=uri, labels=True) for uri in data]
+        probes = dataclasses.replace(
+            found[0] if found else Probes(*sets), train=sets[0], test=sets[1]
+        )
+    else:
+        probes = found[0]
+    known = {type(probe).__name__.lower(): probe for probe in probes.on}
+    names = on.split(",") if on else list(known)
+    for name in names:
+        if name not in known:
+            raise unknown(name, known, "--on")
+    return dataclasses.replace(probes, on=tuple(known[name] for name in names))
+
+
+def export(arguments) -> None:
+    start_jax()
+    import jax
+    import numpy as np
+
+    from sslx import export as formats
+
+    config, _, step, state = restored(arguments.workdir, arguments.step)
+    params = jax.tree.map(np.asarray, jax.device_get(state.params))
+    write = {"hf": formats.save_hf, "timm": formats.save_timm}[arguments.format]
+    write(config, params, arguments.out, step=step, run=arguments.workdir)
+    print(f"{arguments.out}: step {step} of {arguments.workdir}, format {arguments.format}")
+
+
+def import_(arguments) -> None:
+    start_jax()
+    import jax
+
+    from sslx import export as formats
+    from sslx.checkpoint import Checkpoints
+    from sslx.config import Recipe
+    from sslx.train import abstract_state, fresh_state
+
+    overrides, params = formats.load_hf(arguments.source)
+    recipe = Recipe(arguments.recipe, (*arguments.overrides, *overrides))
+    config = recipe.load()
+    mesh = config.mesh.build()
+    with jax.set_mesh(mesh):
+        where = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh).params)
+        state = fresh_state(config, mesh).replace(params=jax.device_put(params, where))
+    recipe.save(arguments.workdir)
+    checkpoints = Checkpoints(arguments.workdir / "checkpoints", config.keep)
+    checkpoints.save(0, state)
+    checkpoints.close()
+    print(f"{arguments.workdir}: a run at step 0; `sslx train {arguments.workdir}` goes on from it")
+
+
+def show(arguments) -> None:
+    import jax
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from sslx.config import Recipe, printed
+    from sslx.ops.flops import flops
+    from sslx.ops.trees import path_of
+    from sslx.train import abstract_batch, abstract_state, train_step
+
+    config = Recipe(arguments.recipe, tuple(arguments.overrides)).load()
+    console = Console(soft_wrap=True)
+    console.print(printed(config), highlight=False, markup=False)
+    mesh = config.mesh.build()
+    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+    table = Table("params", "shape", "sharding", "size")
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        cut = ", ".join("*".join(c) if isinstance(c, tuple) else str(c) for c in leaf.sharding.spec)
+        table.add_row(path_of(keys), str(leaf.shape), f"({cut})", f"{leaf.size:,}")
+    console.print(table)
+    total = sum(x.size for x in jax.tree.leaves(state.params))
+    with jax.set_mesh(mesh):
+        work = flops(lambda s, b: train_step(s, b, config=config), state, batch)
+    console.print(f"params {total:,}, on a mesh of {dict(mesh.shape)}")
+    memory = sum(np.prod(x.shape) * 4 for x in jax.tree.leaves(state)) / 2**30
+    console.print(f"state {memory:.2f} GiB (params, moments, buffers), all devices together")
+    console.print(f"FLOPs per example, a whole step: {work / config.batch_size / 1e9:.2f} G")
+
+
+# ---- what they share ----
+
+
+def start_jax() -> None:
+    """Join the other processes, if the environment says that there are some; keep compilations."""
+    import jax
+
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env and "JAX_NUM_PROCESSES" in env:
+        count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
+    elif int(env.get("SLURM_NTASKS", 1)) > 1 or any(map(os.path.exists, ("/dev/accel0",))):
+        jax.distributed.initialize()
+    if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
+        cache = Path(env.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sslx"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def restored(run: Path, step: int | None):
+    """(config, mesh, step, state) of a run's checkpoint: the newest, or the one of `step`."""
+    from sslx.checkpoint import CheckpointError, Checkpoints
+    from sslx.config import recipe_of
+    from sslx.train import abstract_state
+
+    config = recipe_of(run).load()
+    mesh = config.mesh.build()
+    checkpoints = Checkpoints(run / "checkpoints", config.keep)
+    found = checkpoints.restore(abstract_state(config, mesh), step)
+    checkpoints.close()
+    if found is None:
+        raise CheckpointError(f"{run} has no checkpoint yet: train it first.")
+    return config, mesh, *found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

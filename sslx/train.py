@@ -1,0 +1,351 @@
+"""The state, the step, and the only loop. It does not know what it is training."""
+
+import contextlib
+import functools
+import json
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sslx.checkpoint import Checkpoints
+from sslx.config import Config
+from sslx.log import Clock, Log
+from sslx.ops.trees import norm
+from sslx.sharding import batch_sharding, check_batch, shardings
+from sslx.types import Array, Batch, Buffers, Metrics, Params, Tree
+
+# What a step's key is folded with: one stream of random numbers for each use.
+VIEWS, LOSS = 0, 1
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a checkpoint holds, and nothing more."""
+
+    step: Array  # int32 scalar: optimizer steps taken
+    key: Array  # typed; never split, only folded with the step
+    params: Params
+    buffers: Buffers
+    opt_state: Tree
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient is not finite."""
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run early; what it had reached is saved."""
+
+    def __init__(self, signum: int, step: int):
+        name = signal.Signals(signum).name
+        super().__init__(f"{name}: saved at step {step}; the same command goes on from there.")
+        self.code = 128 + signum
+
+
+# ---- the step ----
+
+
+def init_state(key: Array, batch: Batch, *, config: Config) -> TrainState:
+    """A fresh state for host batches shaped like `batch`; params still carry their axes' names."""
+    batch = config.views.train(key, batch)
+    params, buffers = config.objective.init(jax.random.fold_in(key, 0), batch)
+    opt_state = config.optimizer.init(params)
+    return TrainState(jnp.int32(0), jax.random.fold_in(key, 1), params, buffers, opt_state)
+
+
+def train_step(state: TrainState, batch: Batch, *, config: Config) -> tuple[TrainState, Metrics]:
+    """One optimizer step on one global batch."""
+    key = jax.random.fold_in(state.key, state.step)
+    batch = config.views.train(jax.random.fold_in(key, VIEWS), batch)
+    loss, grads, buffers, metrics = accumulated(
+        config.objective.loss, state, batch, jax.random.fold_in(key, LOSS), config.accumulate
+    )
+    updates, opt_state = config.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    buffers = config.objective.update(params, buffers, state.step)
+    moved = TrainState(state.step + 1, state.key, params, buffers, opt_state)
+    rate = config.optimizer.learning_rate(state.step)
+    metrics = {"loss": loss, "grad_norm": norm(grads), "learning_rate": rate, **metrics}
+    if config.nonfinite == "skip":
+        good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+        still = state.replace(step=state.step + 1)
+        moved = jax.tree.map(functools.partial(jnp.where, good), moved, still)
+        metrics["skipped"] = 1 - good.astype(jnp.int32)
+    return moved, metrics
+
+
+def accumulated(
+    loss: Callable, state: TrainState, batch: Batch, key: Array, parts: int
+) -> tuple[Array, Params, Buffers, Metrics]:
+    """Loss, gradient and metrics of a batch as the means over `parts` micro-batches, in turn.
+
+    Every micro-batch takes each parts-th example, so that it is spread over all devices.
+    """
+    differentiate = jax.value_and_grad(loss, has_aux=True)
+
+    def part(carry, micro):
+        total, buffers, i = carry
+        (value, (buffers, metrics)), grads = differentiate(
+            state.params, buffers, micro, jax.random.fold_in(key, i), state.step
+        )
+        total = jax.tree.map(lambda t, g: t + g / parts, total, grads)
+        return (total, buffers, i + 1), (value, metrics)
+
+    micros = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    start = (zeros, state.buffers, jnp.int32(0))
+    (grads, buffers, _), (values, metrics) = jax.lax.scan(part, start, micros)
+    return values.mean(), grads, buffers, jax.tree.map(lambda m: m.mean(0), metrics)
+
+
+# ---- on a mesh ----
+
+
+def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state: no memory, no device work."""
+    batch = abstract_batch(config, mesh)
+    with jax.set_mesh(mesh):
+        boxed = jax.eval_shape(functools.partial(init_state, config=config), new_key(config), batch)
+    where = shardings(boxed, mesh)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(place, nn.unbox(boxed), where)
+
+
+def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
+    """Shapes and shardings of the global batch that the host sends."""
+    check_batch(config.batch_size, mesh)
+    shapes = config.data.shapes(config.batch_size)
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+    return {name: struct(*shape) for name, shape in shapes.items()}
+
+
+def fresh_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+    """The state of step 0, made in one jitted function, so that no two leaves are one array."""
+    where = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    shapes = {k: (x.shape, x.dtype) for k, x in abstract_batch(config, mesh).items()}
+
+    def make(key):
+        batch = {name: jnp.zeros(*shape) for name, shape in shapes.items()}
+        return nn.unbox(init_state(key, batch, config=config))
+
+    with jax.set_mesh(mesh):
+        return jax.jit(make, out_shardings=where)(new_key(config))
+
+
+def new_key(config: Config) -> Array:
+    return jax.random.key(config.seed)
+
+
+def jitted_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
+    """`train_step` for `config` on `mesh`: (state, batch) -> (state, metrics), state donated."""
+    where = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    step = functools.partial(train_step, config=config)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, NamedSharding(mesh, P())))
+
+
+@contextlib.contextmanager
+def feed(config: Config, mesh: jax.sharding.Mesh, start: int, depth: int = 2):
+    """Global batches on the devices from step `start` on, `depth` of them ahead of their use."""
+    host, hosts = jax.process_index(), jax.process_count()
+    batches = config.data.batches(config.seed, config.batch_size, start, host, hosts)
+    place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    ready: queue.Queue = queue.Queue(depth)
+    closed = threading.Event()
+
+    def send(item) -> None:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(item, timeout=0.1)
+
+    def work() -> None:
+        try:
+            while not closed.is_set():
+                batch = jax.tree.map(place, next(batches))
+                send(lambda batch=batch: batch)
+        except BaseException as error:  # raised where the batch is asked for
+            send(functools.partial(_raise, error))
+
+    def take() -> Iterator[Batch]:
+        while True:
+            yield ready.get()()
+
+    thread = threading.Thread(target=work, name="sslx-feed", daemon=True)
+    thread.start()
+    try:
+        yield take(), batches.dropped
+    finally:
+        closed.set()
+        thread.join()
+        batches.close()
+
+
+def _raise(error: BaseException):
+    raise error
+
+
+# ---- the loop ----
+
+
+def train(config: Config, run: Path) -> TrainState:
+    """Train to `config.steps` in the directory `run`, from its newest good checkpoint if any.
+
+    Raises Interrupted after SIGTERM or Ctrl-C, with everything saved, and Diverged when the loss
+    is no longer finite, with the newest checkpoint from before.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    mesh = config.mesh.build()
+    config.data.check()
+    checkpoints = Checkpoints(run / "checkpoints", config.keep)
+    try:
+        with jax.set_mesh(mesh), Signals() as signals:
+            start, state = checkpoints.restore(abstract_state(config, mesh)) or (0, None)
+            log = Log(run, config.steps, start)
+            try:
+                watch = Watch(config, mesh, run, log, checkpoints)
+                if state is None or not watch.scores:
+                    state = watch.baseline(state)
+                return loop(config, mesh, start, state, watch, signals)
+            finally:
+                checkpoints.wait()
+                log.close()
+    finally:
+        checkpoints.close()
+
+
+def loop(config, mesh, start: int, state: TrainState, watch: "Watch", signals: "Signals"):
+    """Dispatch a step, then look at the one before; evals and saves lie between two steps."""
+    step_fn, pending = jitted_step(config, mesh), None
+    with feed(config, mesh, start) as (batches, dropped):
+        for step in range(start + 1, config.steps + 1):
+            state, metrics = step_fn(state, watch.clock.wait(batches))
+            if pending:
+                watch.see(*pending)
+            pending = (step, metrics, dropped)
+            stop = signals.received(step)
+            last = step == config.steps or stop
+            if last or step % config.save_every == 0 or step % config.eval_every == 0:
+                watch.see(*pending)
+                pending = None
+            if last or step % config.save_every == 0:
+                watch.checkpoints.save(step, state)
+            if not stop and (last or step % config.eval_every == 0):
+                watch.evaluate(step, state)
+            if stop:
+                watch.checkpoints.wait()
+                raise Interrupted(stop, step)
+    return state
+
+
+class Watch:
+    """Looks at metrics once they have arrived: says them, and stops what has diverged."""
+
+    def __init__(self, config: Config, mesh, run: Path, log: Log, checkpoints: Checkpoints):
+        self.config, self.log, self.checkpoints = config, log, checkpoints
+        self.mesh, self.path = mesh, run / "evals.json"
+        self.scores = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.clock, self.since, self.skipped = Clock(), 0, 0
+
+    def see(self, step: int, metrics: Metrics, dropped: dict[str, str]) -> None:
+        """One step's metrics, fetched here, while the next step is already under way."""
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        self.skipped += int(values.pop("skipped", 0))
+        finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
+        if not finite and self.config.nonfinite == "stop":
+            raise Diverged(self.diagnosis(step, values))
+        self.since += 1
+        if step > 1 and step % self.config.log_every and step != self.config.steps:
+            return self.log.progress(step)
+        rate, waited = self.clock.read(self.since)
+        self.since, speed = 0, rate * self.config.batch_size
+        counts = {"skipped": self.skipped, "data/dropped": len(dropped)}
+        counts = {name: n for name, n in counts.items() if n}
+        self.log.write(step, {**values, "examples_per_s": speed, "data/waited": waited, **counts})
+        said = [f"loss {values['loss']:.4f}", f"{speed:,.0f} examples/s", f"waited {waited:.0%}"]
+        said += [f"{name} {n}" for name, n in counts.items()]
+        self.log.progress(step, "  ".join(said), line=True)
+
+    def diagnosis(self, step: int, values: dict[str, float]) -> str:
+        self.checkpoints.wait()
+        good = [s for s in self.checkpoints.steps() if s < step]
+        kept = f"the newest checkpoint from before is step {good[-1]}" if good else "nothing saved"
+        return (
+            f"Step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; {kept}. "
+            f"Lower the learning rate or clip gradients, or drop such steps: nonfinite=skip."
+        )
+
+    def evaluate(self, step: int, state: TrainState, name: str = "") -> None:
+        """Run every eval, write its numbers and pictures, say them beside random init's."""
+        if not self.config.evals:
+            return
+        self.log.progress(step, "evaluating")
+        values = evaluate(self.config, self.mesh, state)
+        self.log.write(step, values)
+        scores = {k: v for k, v in values.items() if not isinstance(v, np.ndarray)}
+        base = self.scores.get("random init", {})
+        self.scores[name or f"step {step}"] = scores
+        if self.log.speaks:
+            self.path.write_text(json.dumps(self.scores, indent=1) + "\n")
+        said = [
+            f"{k} {v:.4g}" + (f" ({base[k]:.4g})" if k in base else "") for k, v in scores.items()
+        ]
+        self.log.say(f"step {step}{' (random init)' * bool(base)}:  " + "  ".join(said))
+        self.clock.read(0)
+
+    def baseline(self, state: TrainState | None) -> TrainState:
+        """Evaluate random init once in a run's life; a new run goes on from that very state."""
+        fresh = fresh_state(self.config, self.mesh)
+        self.evaluate(0, fresh, "random init")
+        return fresh if state is None else state
+
+
+def evaluate(config: Config, mesh: jax.sharding.Mesh, state: TrainState) -> dict:
+    """All numbers and pictures of all evals of `config` for a state on `mesh`."""
+    given = (config.objective, state.params, state.buffers, config.views, batch_sharding(mesh))
+    return {name: value for run in config.evals.values() for name, value in run(*given)}
+
+
+class Signals:
+    """SIGTERM and Ctrl-C, remembered until the step is over; a second one acts at once.
+
+    With several processes SIGTERM is jax's preemption service's: all agree on the step to stop at.
+    """
+
+    caught = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.signum = 0
+
+    def __enter__(self) -> "Signals":
+        self.alone = jax.process_count() == 1
+        here = threading.current_thread() is threading.main_thread()
+        self.before = {s: signal.getsignal(s) for s in self.caught if here and self.alone}
+        for signum in self.before:
+            signal.signal(signum, self.remember)
+        return self
+
+    def remember(self, signum: int, frame) -> None:
+        if self.signum:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def received(self, step: int) -> int:
+        """The signal to stop for after `step`, or 0."""
+        if self.alone:
+            return self.signum
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+
+    def __exit__(self, *exception) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
