@@ -1,6 +1,5 @@
 """Encoded picture -> uint8 of one fixed shape; everything random happens later, on the device."""
 
-import functools
 import io
 import threading
 import warnings
@@ -8,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import PIL.Image
+from PIL.JpegImagePlugin import JpegImageFile
 
-BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, without importing Pillow
 LOCK = threading.Lock()
 
 
@@ -37,15 +37,15 @@ class Image:
     def __call__(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
         image, shape = record["image"], (self.size, self.size, self.channels)
         if isinstance(image, np.ndarray) and image.shape == shape:
-            return {"image": image, "extent": np.int32(shape[:2])}
+            return {"image": image, "extent": np.array(shape[:2], np.int32)}
         picture = picture_of(image) if isinstance(image, np.ndarray) else opened(image)
         picture, extent = self.fitted(picture)
-        image = np.asarray(picture).reshape(*picture.size[::-1], self.channels)
-        if image.shape != shape:
+        image = np.asarray(picture)
+        if image.shape != shape:  # padded, or gray
             canvas = np.zeros(shape, np.uint8)
-            canvas[: extent[0], : extent[1]] = image
+            canvas[: extent[0], : extent[1]] = image.reshape(*extent, self.channels)
             image = canvas
-        return {"image": image, "extent": np.int32(extent)}
+        return {"image": image, "extent": np.array(extent, np.int32)}
 
     @property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
@@ -68,7 +68,7 @@ class Image:
         else:  # crop and resize at once: only the pixels that stay are computed
             sx, sy = picture.width / whole[0], picture.height / whole[1]
             box = (box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy)
-            picture = picture.resize(size, BICUBIC, box=box)
+            picture = picture.resize(size, PIL.Image.Resampling.BICUBIC, box=box)
         return picture, size[::-1]
 
     def geometry(self, w: int, h: int) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
@@ -83,52 +83,44 @@ class Image:
         return whole, (left, top, left + s, top + s)
 
 
+class Jpeg(JpegImageFile):
+    """JPEG opened without the search for a format, or EXIF, whose damage would only warn."""
+
+    def _read_dpi_from_exif(self):
+        pass
+
+
 def opened(data: bytes | None):
     """Encoded bytes -> a Pillow picture, not yet decoded; too many pixels raise."""
-    from PIL import Image
-
     if not data:
         raise ValueError("no bytes")
     if data[:3] == b"\xff\xd8\xff":
-        picture = jpeg()(io.BytesIO(data))
+        picture = Jpeg(io.BytesIO(data))
     else:
         with LOCK, warnings.catch_warnings():  # Pillow warns of a bomb, and only twice that raises
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data))
-    if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels")
+            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+            picture = PIL.Image.open(io.BytesIO(data))
+    w, h = picture.size
+    if w * h > PIL.Image.MAX_IMAGE_PIXELS:
+        raise PIL.Image.DecompressionBombError(f"{w} x {h} pixels")
     return picture
-
-
-@functools.cache
-def jpeg():
-    """JPEG without the search for a format and without EXIF, whose damage would only warn."""
-    from PIL import JpegImagePlugin
-
-    class Jpeg(JpegImagePlugin.JpegImageFile):
-        def _read_dpi_from_exif(self):
-            pass
-
-    return Jpeg
 
 
 def flat(picture, mode: str):
     """Any Pillow mode -> RGB or L: 16 bits lose the low byte, transparency is laid on white."""
-    from PIL import Image
-
+    if picture.mode == mode and "transparency" not in picture.info:
+        return picture
     if picture.mode.startswith("I"):
         high = np.clip(np.asarray(picture).astype(np.int32) >> 8, 0, 255)
-        picture = Image.fromarray(high.astype(np.uint8))
+        picture = PIL.Image.fromarray(high.astype(np.uint8))
     if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
         color = picture.convert("RGBA")
-        picture = Image.new("RGBA", color.size, "white")
+        picture = PIL.Image.new("RGBA", color.size, "white")
         picture.alpha_composite(color)
     return picture if picture.mode == mode else picture.convert(mode)
 
 
 def picture_of(image: np.ndarray):
-    from PIL import Image
-
     if image.dtype != np.uint8:
         raise ValueError(f"an image array is uint8 [H, W, C], not {image.dtype} {image.shape}")
-    return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+    return PIL.Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)

@@ -121,6 +121,7 @@ class Pipeline:
     def run(self, steps, local: int, labels: bool, masked: bool) -> "Batches":
         """Batches of record numbers -> batches of examples, read ahead."""
         from grain import MultiprocessingOptions, ReadOptions
+        from grain.experimental import DatasetOptions, WithOptionsIterDataset
 
         load = Load(tuple(s for s, _ in self.mixture), self.decode, labels, self.max_corrupt)
         steps = steps.map(load)
@@ -130,7 +131,8 @@ class Pipeline:
             return Batches(steps.to_iter_dataset(ReadOptions(ahead, ahead)), load, masked)
         mark_flags_parsed()
         one = steps.to_iter_dataset(ReadOptions(0, 0))  # a worker is one thread
-        options = MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+        one = WithOptionsIterDataset(one, DatasetOptions(min_shm_size=1 << 16))
+        options = MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         return Batches(one.mp_prefetch(options, worker_init_fn=off_device), load, masked)
 
     def processes(self, local: int, records: int) -> int:
@@ -140,7 +142,7 @@ class Pipeline:
         workers = few if self.workers is None else self.workers
         size = local * self.decode.size**2 * self.decode.channels
         room = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else sys.maxsize
-        fit = max(0, room // (3 * size) - 1)  # one made, one waiting, one arriving; one in use
+        fit = max(0, room // (4 * size) - 1)  # of each: one made, two waiting, one arriving
         if self.workers and workers > fit:
             raise DataError(
                 f"{workers} workers pass batches of {size >> 20} MiB through /dev/shm, which has "

@@ -37,11 +37,14 @@ class Pictures:
     def __len__(self):
         return len(self.source)
 
-    def __getitem__(self, index):
+    def __getitems__(self, indices):  # torch asks for a batch at a time, as sslx does
+        return [self.decode(record) for record in self.source.records(indices)]
+
+    def decode(self, record):
         import torch
         from PIL import Image
 
-        picture = Image.open(io.BytesIO(self.source[index]["image"])).convert("RGB")
+        picture = Image.open(io.BytesIO(record["image"])).convert("RGB")
         w, h = picture.size
         s = self.size
         if min(w, h) != s:
