@@ -1,0 +1,1 @@
+"""Trained weights out to other libraries and in from them, without torch and without them."""

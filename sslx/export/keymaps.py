@@ -1,0 +1,169 @@
+"""Our params and the names other libraries give them: one table per architecture, read both ways.
+
+A row holds our path, their name and the einops pattern from our array to theirs; backwards, the
+pattern is read from the right. An axis in braces in the name is spread over names: `{l}` counts
+the layers, which we stack for the scan, `{t}` is query, key, value. The letters of sizes:
+
+l layers   d width   h heads   e width of a head   t query, key, value   m hidden width of the MLP
+k width of the encoder that a decoder reads   p q rows, columns of a patch   c channels
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+
+import einops
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sslx.ops.positions import sincos_2d
+from sslx.types import Tree
+
+Table = tuple[tuple[str, str, str], ...]
+Arrays = Mapping[str, np.ndarray]
+
+WORDS = {"t": ("query", "key", "value")}
+
+
+def under(ours: str, theirs: str, table: Table) -> Table:
+    """The same rows, inside a branch of our tree and behind a prefix of their names."""
+    return tuple((ours + path, theirs + name, how) for path, name, how in table)
+
+
+NORM = (("scale", "weight", "d -> d"), ("bias", "bias", "d -> d"))
+NORMS = (("scale", "weight", "l d -> l d"), ("bias", "bias", "l d -> l d"))  # of all layers
+UP = (("kernel", "weight", "l d m -> l m d"), ("bias", "bias", "l m -> l m"))
+DOWN = (("kernel", "weight", "l m d -> l d m"), ("bias", "bias", "l d -> l d"))
+OUT = (("kernel", "weight", "l h e d -> l d (h e)"), ("bias", "bias", "l d -> l d"))
+PATCH = (("kernel", "weight", "(p q c) d -> d c p q"), ("bias", "bias", "d -> d"))
+TOKEN = "x y d -> x y d"
+
+HF_BLOCK = (
+    *under("norm1/", "layernorm_before.", NORMS),
+    ("attention/qkv/kernel", "attention.attention.{t}.weight", "l d t h e -> l t (h e) d"),
+    ("attention/qkv/bias", "attention.attention.{t}.bias", "l t h e -> l t (h e)"),
+    *under("attention/out/", "attention.output.dense.", OUT),
+    *under("norm2/", "layernorm_after.", NORMS),
+    *under("mlp/up/", "intermediate.dense.", UP),
+    *under("mlp/down/", "output.dense.", DOWN),
+)
+
+HF_VIT = (
+    ("class", "embeddings.cls_token", TOKEN),
+    *under("patch/", "embeddings.patch_embeddings.projection.", PATCH),
+    *under("transformer/blocks/", "encoder.layer.{l}.", HF_BLOCK),
+    *under("transformer/norm/", "layernorm.", NORM),
+)
+
+# transformers 5 saves `decoder_encoder.layer`, which 4 does not read: both read this spelling.
+HF_MAE_DECODER = (
+    ("embed/kernel", "decoder_embed.weight", "k d -> d k"),
+    ("embed/bias", "decoder_embed.bias", "d -> d"),
+    ("mask", "mask_token", TOKEN),
+    *under("transformer/blocks/", "decoder_layers.{l}.", HF_BLOCK),
+    *under("transformer/norm/", "decoder_norm.", NORM),
+    ("pixels/kernel", "decoder_pred.weight", "d (p q c) -> (p q c) d"),
+    ("pixels/bias", "decoder_pred.bias", "(p q c) -> (p q c)"),
+)
+
+# A whole ViTMAEForPreTraining, by the branches of our params.
+HF_MAE = {
+    "encoder": under("", "vit.", HF_VIT),
+    "decoder": under("", "decoder.", HF_MAE_DECODER),
+}
+HF_POSITIONS = {
+    "encoder": "vit.embeddings.position_embeddings",
+    "decoder": "decoder.decoder_pos_embed",
+}
+
+TIMM_BLOCK = (
+    *under("norm1/", "norm1.", NORMS),
+    ("attention/qkv/kernel", "attn.qkv.weight", "l d t h e -> l (t h e) d"),
+    ("attention/qkv/bias", "attn.qkv.bias", "l t h e -> l (t h e)"),
+    *under("attention/out/", "attn.proj.", OUT),
+    *under("norm2/", "norm2.", NORMS),
+    *under("mlp/up/", "mlp.fc1.", UP),
+    *under("mlp/down/", "mlp.fc2.", DOWN),
+)
+
+TIMM_VIT = (
+    ("class", "cls_token", TOKEN),
+    *under("patch/", "patch_embed.proj.", PATCH),
+    *under("transformer/blocks/", "blocks.{l}.", TIMM_BLOCK),
+    *under("transformer/norm/", "norm.", NORM),
+)
+
+
+def sizes(stack, patch: int, channels: int, reads: int = 0) -> dict[str, int]:
+    """The letters of a ViT or of an MAE decoder that reads tokens of width `reads`."""
+    hidden = int(stack.width * stack.mlp_ratio)
+    of_stack = {"l": stack.depth, "d": stack.width, "h": stack.heads, "m": hidden, "k": reads}
+    return {**of_stack, "t": 3, "p": patch, "q": patch, "c": channels}
+
+
+def positions(rows: int, columns: int, width: int) -> np.ndarray:
+    """Their position table [1, 1 + N, D], which we compute: the class token's row is zero."""
+    return np.pad(sincos_2d(rows, columns, width), ((1, 0), (0, 0)))[None]
+
+
+def write(table: Table, params: Tree, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Our params as their arrays by name, float32.
+
+    Raises ValueError when params and table do not hold the same paths.
+    """
+    flat, paths = flatten_dict(params, sep="/"), [path for path, _, _ in table]
+    if odd := sorted(set(flat) ^ set(paths)):
+        raise ValueError(
+            f"This model cannot be written in the other library's names: {listed(odd)} stand in "
+            f"its params or in the table of sslx/export/keymaps.py, but not in both."
+        )
+    arrays = {}
+    for path, name, how in table:
+        array = _rearrange(np.asarray(flat[path], np.float32), how, sizes, path)
+        array = array.reshape(-1, *array.shape[name.count("{") :])
+        arrays |= dict(zip(names(name, sizes), array, strict=True))
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def read(table: Table, arrays: Arrays, sizes: Mapping[str, int]) -> Tree:
+    """Their arrays by name as our params, float32.
+
+    Raises ValueError where an array's shape is not what `sizes` say.
+    """
+    flat = {}
+    for path, name, how in table:
+        ours, theirs = how.split(" -> ")
+        array = np.stack([np.asarray(arrays[n], np.float32) for n in names(name, sizes)])
+        spread = [len(WORDS.get(axis, ())) or sizes[axis] for axis in axes(name)]
+        array = array.reshape(*spread, *array.shape[1:])
+        flat[path] = _rearrange(array, f"{theirs} -> {ours}", sizes, name)
+    return unflatten_dict(flat, sep="/")
+
+
+def names(name: str, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Their names of the arrays that we stack into one, in the order of the stack."""
+    values = [WORDS.get(axis) or range(sizes[axis]) for axis in axes(name)]
+    for chosen in itertools.product(*values):
+        yield name.format(**dict(zip(axes(name), chosen, strict=True)))
+
+
+def axes(name: str) -> list[str]:
+    return re.findall(r"{(\w)}", name)
+
+
+def listed(items: list[str], most: int = 4) -> str:
+    """The first few of a long list, and how many there are."""
+    shown = ", ".join(items[:most])
+    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
+
+
+def _rearrange(array: np.ndarray, how: str, sizes: Mapping[str, int], what: str) -> np.ndarray:
+    named = {axis: sizes[axis] for axis in re.findall(r"\w", how.split("->")[0]) if axis in sizes}
+    try:
+        return einops.rearrange(array, how, **named)
+    except einops.EinopsError as error:
+        expected = ", ".join(f"{axis}={size}" for axis, size in named.items())
+        raise ValueError(
+            f"{what} has shape {list(array.shape)}, which is not {how.split(' ->')[0]!r} with "
+            f"{expected}: the weights are those of another model than the one described."
+        ) from error

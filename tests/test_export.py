@@ -1,0 +1,373 @@
+"""Checkpoints go to Hugging Face and timm and come back, bit for bit; what cannot is said."""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+
+from sslx.export import hf, keymaps, timm
+from sslx.models.vit import ViT, vit
+from sslx.objectives.base import Objective
+from sslx.objectives.mae import MAE, Decoder
+from sslx.views import IMAGENET
+
+SIDE = 24
+TINY = MAE(ViT(32, 3, 4, 8), Decoder(16, 2, 2, mlp_ratio=3.0), ratio=0.6)
+INFO = {"missing_keys", "unexpected_keys", "mismatched_keys"}
+
+
+def spread(objective, side=(SIDE, SIDE), channels=3, seed=0):
+    """Params with nothing at zero or one."""
+    r = np.random.default_rng(seed)
+    batch = {"image": jax.ShapeDtypeStruct((1, *side, channels), jnp.float32)}
+    shapes, _ = nn.unbox(jax.eval_shape(objective.init, jax.random.key(0), batch))
+    return jax.tree.map(lambda x: r.normal(0.1, 0.2, x.shape).astype(np.float32), shapes)
+
+
+def equal(a, b):
+    a, b = flatten_dict(a, sep="/"), flatten_dict(b, sep="/")
+    return set(a) == set(b) and all(
+        a[k].dtype == b[k].dtype and np.array_equal(a[k], b[k]) for k in a
+    )
+
+
+def rebuilt(fields):
+    return MAE(
+        ViT(**fields["encoder"]), Decoder(**fields["decoder"]), fields["ratio"], fields["normalize"]
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with TINY's export, and its params."""
+    params = spread(TINY)
+    hf.save(TINY, params, tmp_path, SIDE)
+    return tmp_path, params
+
+
+def edit(directory, config=(), arrays=lambda x: x):
+    """Change an export's config and its arrays in place."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(config)))
+    path = directory / "model.safetensors"
+    save_file(arrays(load_file(path)), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("objective", "channels"),
+    [
+        (TINY, 3),
+        (replace(TINY, normalize=False, encoder=vit("mu", 4, mlp_ratio=1.1)), 1),
+        (MAE(ViT(44, 1, 2, 4, mlp_ratio=49 / 44), Decoder(8, 1, 2)), 2),  # 44 * (49 / 44) < 49
+    ],
+)
+def test_ours_to_theirs_and_back(objective, channels, tmp_path):
+    params = spread(objective, channels=channels)
+    hf.save(objective, params, tmp_path, SIDE)
+    fields, loaded = hf.load(tmp_path)
+    assert equal(params, loaded)
+    again = rebuilt(fields)
+    assert equal(params, spread(again, channels=channels))  # the same shapes, filled the same way
+    assert (again.ratio, again.normalize) == (objective.ratio, objective.normalize)
+    hf.save(again, loaded, tmp_path / "again", SIDE)
+    for name in ("model.safetensors", "encoder/model.safetensors", "encoder/config.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_a_bfloat16_model_is_exported_in_float32(saved):
+    directory, params = saved
+    half = replace(TINY, encoder=replace_module(TINY.encoder, dtype=jnp.bfloat16))
+    hf.save(half, jax.tree.map(jnp.asarray, params), directory / "half", SIDE)
+    arrays = load_file(directory / "half" / "model.safetensors")
+    assert {a.dtype for a in arrays.values()} == {np.dtype(np.float32)}
+    assert equal(hf.load(directory / "half")[1], params)
+
+
+def replace_module(module, **changes):
+    return module.clone(**changes)
+
+
+def newer_spelling(arrays):
+    """What transformers 5 writes."""
+    old, new = "decoder.decoder_layers.", "decoder.decoder_encoder.layer."
+    return {name.replace(old, new): a for name, a in arrays.items()}
+
+
+def bare_spelling(arrays):
+    return {name.removeprefix("vit."): a for name, a in arrays.items()}
+
+
+@pytest.mark.parametrize("spelling", [newer_spelling, bare_spelling])
+def test_other_spellings(saved, spelling):
+    directory, params = saved
+    edit(directory, arrays=spelling)
+    assert equal(hf.load(directory)[1], params)
+
+
+def test_half_precision_and_shards(saved):
+    directory, params = saved
+    arrays = load_file(directory / "model.safetensors")
+    half = {name: a.astype(jnp.bfloat16) for name, a in arrays.items()}
+    where = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(half)}
+    for file in set(where.values()):
+        save_file({n: a for n, a in half.items() if where[n] == file}, directory / file)
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(np.float32), params)
+    assert equal(hf.load(directory)[1], rounded)
+
+
+def drop(name):
+    return lambda arrays: {n: a for n, a in arrays.items() if n != name}
+
+
+def learned(name):
+    return lambda arrays: arrays | {name: arrays[name][:, :, ::-1].copy()}
+
+
+LAST = "decoder.decoder_pred.bias"
+TABLE = "vit.embeddings.position_embeddings"
+
+
+@pytest.mark.parametrize(
+    ("config", "arrays", "said"),
+    [
+        ({"model_type": "vit"}, dict, "model_type='vit'.*only 'vit_mae'"),
+        ({"hidden_act": "gelu_new"}, dict, "hidden_act='gelu_new'.*computes 'gelu'"),
+        ({"qkv_bias": False}, dict, "qkv_bias=False"),
+        ({"layer_norm_eps": 1e-5}, dict, "layer_norm_eps=1e-05.*computes 1e-06"),
+        ({"image_size": [24, 32]}, dict, r"square images.*\[24, 32\]"),
+        ({"patch_size": 7}, dict, "patches of 7"),
+        ({"num_hidden_layers": 4}, dict, r"lacks vit\.encoder\.layer\.3\..* and 12 more"),
+        ({"num_hidden_layers": 2}, dict, r"has vit\.encoder\.layer\.2\..*unknown"),
+        ({"decoder_hidden_size": 8}, dict, "sin-cos"),
+        ({"num_attention_heads": 5}, dict, "weight has shape.*h=5.*another model"),
+        ({"num_channels": 1}, dict, r"projection.weight has shape \[32, 3, 8, 8\].*c=1"),
+        ({"image_size": 32}, dict, r"\[1, 10, 32\] is not MAE's fixed sin-cos table \[1, 17, 32\]"),
+        ({}, drop(LAST), f"lacks {LAST}"),
+        ({}, lambda x: x | {"classifier.bias": x[LAST]}, "has classifier.bias"),
+        ({}, learned(TABLE), f"{TABLE}.*learned or resized"),
+    ],
+)
+def test_what_cannot_be_imported_is_said(saved, config, arrays, said):
+    directory, _ = saved
+    edit(directory, config, arrays)
+    with pytest.raises(ValueError, match=f"(?s){said}"):
+        hf.load(directory)
+
+
+def test_the_epsilon_of_transformers_conversions_passes(saved):
+    directory, params = saved
+    edit(directory, {"layer_norm_eps": 1e-12})
+    assert equal(hf.load(directory)[1], params)
+
+
+def test_files_that_are_not_a_checkpoint(saved):
+    directory, _ = saved
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"not whole.*download"):
+        hf.load(directory)
+    weights.rename(directory / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*pickle.*safe_serialization"):
+        hf.load(directory)
+    (directory / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+        hf.load(directory)
+    edited = json.loads((directory / "config.json").read_text())
+    del edited["mask_ratio"]
+    (directory / "config.json").write_text(json.dumps(edited))
+    with pytest.raises(ValueError, match="lacks mask_ratio"):
+        hf.load(directory)
+    with pytest.raises(ValueError, match="missing: give the directory"):
+        hf.load(directory / "nowhere")
+
+
+@dataclass(frozen=True)
+class Other(Objective):
+    """A method of another lab (arXiv:1234.56789)."""
+
+    encoder: nn.Module
+
+    def init(self, key, batch):
+        return {"encoder": self.encoder.init(key, batch["image"])["params"]}, {}
+
+    def loss(self, params, buffers, batch, key, step):
+        raise NotImplementedError
+
+    def backbone(self, params, buffers):
+        return self.encoder, {"params": params["encoder"], **buffers}
+
+
+def test_models_that_the_formats_do_not_express(tmp_path):
+    params = spread(TINY)
+    with pytest.raises(ValueError, match=r"square.*\(24, 32\).*--format timm"):
+        hf.save(TINY, params, tmp_path, (24, 32))
+    with pytest.raises(ValueError, match=r"Only a ViT.*Other is a Dense"):
+        hf.save(Other(nn.Dense(4)), {"encoder": {}}, tmp_path, SIDE)
+    with pytest.raises(ValueError, match="images of 3 channels"):
+        hf.save(TINY, params, tmp_path, SIDE, statistics=((0.5,), (0.5,)))
+    with pytest.raises(ValueError, match=r"registers stand in"):
+        more = params | {"encoder": params["encoder"] | {"registers": np.zeros(3)}}
+        hf.save(TINY, more, tmp_path, SIDE)
+    with pytest.raises(ValueError, match="do not divide"):
+        timm.save(TINY, params, tmp_path / "x.safetensors", 23)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_method_exports_its_encoder_alone(tmp_path):
+    objective = Other(TINY.encoder)
+    hf.save(objective, spread(objective), tmp_path, SIDE)
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
+    assert "[arXiv:1234.56789](https://" in (tmp_path / "encoder" / "README.md").read_text()
+
+
+def test_what_stands_beside_the_weights(tmp_path):
+    card = hf.Card(step=1200, recipe="objective = MAE(...)", numbers={"knn/top1": 0.9123456})
+    hf.save(TINY, spread(TINY), tmp_path, SIDE, statistics=IMAGENET, card=card)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["mask_ratio"] == 0.6 and config["norm_pix_loss"] is True
+    assert config["layer_norm_eps"] == 1e-6 and config["decoder_intermediate_size"] == 48
+    text = (tmp_path / "README.md").read_text()
+    for words in ("MAE", "arxiv.org/abs/2111.06377", "step 1200", "| knn/top1 | 0.912346 |"):
+        assert words in text
+    assert text.rstrip().endswith("objective = MAE(...)\n```")
+    for directory in (tmp_path, tmp_path / "encoder"):
+        seen = json.loads((directory / "preprocessor_config.json").read_text())
+        assert seen["image_mean"] == list(IMAGENET[0]) and seen["size"]["height"] == SIDE
+
+
+def test_timm_file_holds_the_encoder_alone(tmp_path):
+    timm.save(TINY, spread(TINY), tmp_path / "deep" / "vit.safetensors", (SIDE, 40))
+    arrays = load_file(tmp_path / "deep" / "vit.safetensors")
+    assert not [name for name in arrays if "mask" in name or "decoder" in name]
+    assert arrays["pos_embed"].shape == (1, 1 + 3 * 5, 32) and not arrays["pos_embed"][0, 0].any()
+
+
+@pytest.mark.parametrize("table", [*keymaps.HF_MAE.values(), keymaps.TIMM_VIT])
+def test_tables_name_every_array_once(table):
+    of = keymaps.sizes(TINY.encoder, 8, 3, 32)
+    paths = [path for path, _, _ in table]
+    names = [n for _, name, _ in table for n in keymaps.names(name, of)]
+    assert len(set(paths)) == len(paths) and len(set(names)) == len(names)
+
+
+def features(objective, params, image):
+    """Our tokens, in float32 at full precision."""
+    module, variables = objective.backbone(params, {})
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.jit(module.apply)(variables, image))
+
+
+def seen_by_torch(image):
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
+
+
+@pytest.fixture
+def transformers():
+    reason = "NOT CHECKED: that transformers opens what sslx exports (pip install sslx[hf])"
+    pytest.importorskip("torch", reason=reason)
+    return pytest.importorskip("transformers", reason=reason)
+
+
+def test_transformers_opens_both(transformers, saved):
+    import torch
+
+    directory, params = saved
+    image = np.random.default_rng(1).normal(size=(2, SIDE, SIDE, 3)).astype(np.float32)
+    whole, info = transformers.ViTMAEForPreTraining.from_pretrained(
+        directory, output_loading_info=True
+    )
+    assert set(info) >= INFO and not any(info.values())
+    for row, width in ((whole.vit.embeddings.position_embeddings, 32),):
+        assert np.array_equal(row.detach().numpy(), keymaps.positions(3, 3, width))
+    model, info = transformers.ViTModel.from_pretrained(
+        directory / "encoder", add_pooling_layer=False, output_loading_info=True
+    )
+    assert set(info) >= INFO and not any(info.values())
+    with torch.no_grad():
+        tokens = model.eval()(seen_by_torch(image)).last_hidden_state.numpy()
+    np.testing.assert_allclose(features(TINY, params, image), tokens, rtol=0, atol=1e-4)
+
+
+def test_transformers_saves_and_we_load(transformers, saved):
+    directory, params = saved
+    model = transformers.ViTMAEForPreTraining.from_pretrained(directory)
+    model.save_pretrained(directory / "theirs")
+    fields, loaded = hf.load(directory / "theirs")
+    assert equal(loaded, params) and rebuilt(fields) == TINY
+    model.save_pretrained(directory / "sharded", max_shard_size="20KB")
+    assert (directory / "sharded" / "model.safetensors.index.json").is_file()
+    assert equal(hf.load(directory / "sharded")[1], params)
+
+
+def test_transformers_prepares_images_as_we_do(transformers, tmp_path):
+    hf.save(TINY, spread(TINY), tmp_path, SIDE, statistics=IMAGENET)
+    image = np.random.default_rng(2).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    seen = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    mean, std = (np.asarray(s) for s in IMAGENET)
+    np.testing.assert_allclose(seen, (image / 255 - mean) / std, atol=1e-5)
+
+
+# timm needs torchvision to import, for its data loading, and torchvision has no wheel for every
+# torch: where it is absent it is imitated while timm is imported, and left absent afterwards.
+TORCHVISION = [
+    *("torchvision", "torchvision.datasets", "torchvision.models", "torchvision.ops"),
+    *("torchvision.models.feature_extraction", "torchvision.ops.misc", "torchvision.transforms"),
+    "torchvision.transforms.functional",
+]
+
+
+@pytest.fixture
+def pytorch_image_models(monkeypatch):
+    reason = "NOT CHECKED: that timm opens what sslx exports (pip install sslx[hf])"
+    pytest.importorskip("torch", reason=reason)
+    with monkeypatch.context() as patch:
+        try:
+            import torchvision  # noqa: F401
+        except (ImportError, RuntimeError):
+            for name in TORCHVISION:
+                patch.setitem(sys.modules, name, mock.MagicMock())
+        return pytest.importorskip("timm", reason=reason)
+
+
+def test_timm_opens_a_named_model(pytorch_image_models, tmp_path):
+    import torch
+
+    objective = Other(vit("Ti", 16))
+    params = jax.tree.map(lambda x: x / 4, spread(objective, (224, 224)))
+    timm.save(objective, params, tmp_path / "ti.safetensors", 224)
+    model = pytorch_image_models.create_model(
+        "vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(tmp_path / "ti.safetensors")
+    )
+    image = np.random.default_rng(3).normal(size=(1, 224, 224, 3)).astype(np.float32)
+    with torch.no_grad():
+        tokens = model.eval().forward_features(seen_by_torch(image)).numpy()
+    np.testing.assert_allclose(features(objective, params, image), tokens, rtol=0, atol=1e-4)
+
+
+def test_timm_opens_any_size_strictly(pytorch_image_models, tmp_path):
+    import torch
+
+    side, params = (SIDE, 40), spread(TINY)
+    timm.save(TINY, params, tmp_path / "tiny.safetensors", side)
+    model = pytorch_image_models.models.VisionTransformer(
+        side, 8, 3, num_classes=0, embed_dim=32, depth=3, num_heads=4
+    )
+    arrays = load_file(tmp_path / "tiny.safetensors")
+    model.load_state_dict({n: torch.from_numpy(a) for n, a in arrays.items()}, strict=True)
+    image = np.random.default_rng(4).normal(size=(2, *side, 3)).astype(np.float32)
+    with torch.no_grad():
+        tokens = model.eval().forward_features(seen_by_torch(image)).numpy()
+    np.testing.assert_allclose(features(TINY, params, image), tokens, rtol=0, atol=1e-4)
