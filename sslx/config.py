@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +29,7 @@ class ConfigError(ValueError):
     """A recipe or an override that cannot be."""
 
 
+@runtime_checkable
 class Eval(Protocol):
     """Numbers and pictures of a state: yields (name, float) or (name, uint8 [H, W, C])."""
 
@@ -56,7 +57,7 @@ class Config:
     accumulate: int = 1  # micro-batches of one step, one after another
     seed: int = 0
     nonfinite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does
-    evals: Mapping[str, Eval] = how(None)
+    evals: Mapping[str, Eval] = field(default_factory=dict, compare=False)
     mesh: Mesh = how(Mesh())
     keep: Retention = how(Retention())
     log_every: int = how(50)
@@ -64,8 +65,6 @@ class Config:
     eval_every: int = how(5000)
 
     def __post_init__(self):
-        if self.evals is None:
-            object.__setattr__(self, "evals", {})
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"batch_size={self.batch_size} does not divide into accumulate="
