@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from sslx.sharding import constrain
@@ -28,14 +29,14 @@ class Dense(nn.Module):
     use_bias: bool = True
     kernel_init: Init = xavier
     bias_init: Init = nn.initializers.zeros
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         features = (self.features,) if isinstance(self.features, int) else self.features
         inputs = x.shape[-self.contract :]
 
-        def flat(key: Array, shape: Sequence[int], dtype: jnp.dtype) -> Array:
+        def flat(key: Array, shape: Sequence[int], dtype: DTypeLike) -> Array:
             matrix = (math.prod(inputs), math.prod(features))
             return self.kernel_init(key, matrix, dtype).reshape(shape)
 
@@ -53,7 +54,7 @@ class LayerNorm(nn.Module):
     """Normalize the last axis (arXiv:1607.06450), statistics in float32, two-pass variance."""
 
     epsilon: float = 1e-6
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -69,7 +70,7 @@ class Attention(nn.Module):
     """Multi-head self-attention (arXiv:1706.03762), softmax in float32."""
 
     heads: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
@@ -87,7 +88,7 @@ class MLP(nn.Module):
     """Two linear maps around an erf GELU."""
 
     ratio: float = 4.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from sslx.models.layers import MLP, Attention, LayerNorm
@@ -27,7 +28,7 @@ class Block(nn.Module):
 
     heads: int
     mlp_ratio: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> tuple[Float[Array, "B N D"], None]:
@@ -45,7 +46,7 @@ class Transformer(nn.Module):
     depth: int
     heads: int
     mlp_ratio: float = 4.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
     unroll: int = 1
 

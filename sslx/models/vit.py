@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from sslx.models.layers import Dense
@@ -35,7 +36,7 @@ class ViT(nn.Module):
     heads: int
     patch: int
     mlp_ratio: float = 4.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
     prefix: ClassVar[int] = 1  # tokens in front of the patches
 

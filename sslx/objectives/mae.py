@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from sslx.models.layers import Dense
@@ -29,7 +30,7 @@ class Decoder(nn.Module):
     depth: int = 8
     heads: int = 16
     mlp_ratio: float = 4.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
 
     @nn.compact
