@@ -26,20 +26,21 @@ def config(
     batch_size: int = 256,
     width: int = 192,
     depth: int = 12,
+    rate: float = 5e-4,
 ) -> Config:
     pipeline = Pipeline(data, Image(32))
     held_out = Pipeline(test, Image(32))
     per_epoch = 50_000 // batch_size
     steps, warm = epochs * per_epoch, epochs * per_epoch // 10
-    rate = scaled(1.5e-4, batch_size)
+    peak = scaled(rate, batch_size)
     return Config(
         objective=MAE(
-            ViT(width=width, depth=depth, heads=width // 64, patch=4),
-            Decoder(width=128, depth=2, heads=4),
+            ViT(width=width, depth=depth, heads=width // 32, patch=4),
+            Decoder(width=128, depth=1, heads=4),
         ),
         data=pipeline,
         views=mae(32, statistics=CIFAR10),
-        optimizer=AdamW(Warmup(warm, Cosine(rate, 0.0, steps - warm)), b2=0.95, weight_decay=0.05),
+        optimizer=AdamW(Warmup(warm, Cosine(peak, 0.0, steps - warm)), b2=0.95, weight_decay=0.05),
         steps=steps,
         batch_size=batch_size,
         evals={
@@ -47,6 +48,6 @@ def config(
             "pictures": Reconstructions(held_out, *CIFAR10),
         },
         log_every=50,
-        save_every=5 * per_epoch,
+        save_every=per_epoch,
         eval_every=max(1, epochs // 4) * per_epoch,
     )

@@ -21,7 +21,7 @@ from sslx.views import mae
 GRAY = ((0.3,), (0.37,))  # mean and std of the training images
 
 
-def config(epochs: int = 200, batch_size: int = 128, learning_rate: float = 2e-3) -> Config:
+def config(epochs: int = 100, batch_size: int = 128, learning_rate: float = 2e-3) -> Config:
     data = Pipeline(digits("train"), Image(8, channels=1))
     test = Pipeline(digits("test"), Image(8, channels=1))
     per_epoch = len(data) // batch_size
@@ -32,14 +32,14 @@ def config(epochs: int = 200, batch_size: int = 128, learning_rate: float = 2e-3
             Decoder(width=64, depth=2, heads=4),
         ),
         data=data,
-        views=mae(8, scale=(0.6, 1.0), statistics=GRAY, flip=0.0),  # a mirrored 2 is no digit
+        views=mae(8, scale=(0.8, 1.0), statistics=GRAY, flip=0.0),  # a mirrored 2 is no digit
         optimizer=AdamW(
             Warmup(warm, Cosine(learning_rate, 0.0, steps - warm)), b2=0.95, weight_decay=0.05
         ),
         steps=steps,
         batch_size=batch_size,
         evals={"probes": Probes(data, test), "pictures": Reconstructions(test, *GRAY)},
-        log_every=per_epoch * 5,
+        log_every=per_epoch * 10,
         save_every=steps // 4,
-        eval_every=steps // 4,
+        eval_every=steps // 2,
     )
