@@ -126,11 +126,13 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(RULES["batch"]))
 
 
-def check_batch(batch_size: int, mesh: jax.sharding.Mesh) -> None:
-    """Raise ValueError when a global batch cannot be cut over the mesh."""
+def check_batch(batch_size: int, mesh: jax.sharding.Mesh, accumulate: int = 1) -> None:
+    """Raise ValueError when a global batch, or a micro-batch of it, cannot be cut over the mesh."""
     ways = mesh.shape["replica"] * mesh.shape["fsdp"]
-    if batch_size % ways:
+    unit = ways * accumulate
+    if batch_size % unit:
+        parts = f" in accumulate={accumulate} micro-batches" if accumulate > 1 else ""
         raise ValueError(
-            f"batch_size={batch_size} does not divide over replica * fsdp = {ways} devices: "
-            f"use a multiple, such as batch_size={-(-batch_size // ways) * ways}."
+            f"batch_size={batch_size} does not divide over replica * fsdp = {ways} devices{parts}: "
+            f"use a multiple of {unit}, such as batch_size={-(-batch_size // unit) * unit}."
         )
