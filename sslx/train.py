@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
+from flax.core.meta import unbox
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -32,10 +32,10 @@ VIEWS, LOSS = 0, 1
 
 @flax.struct.dataclass
 class TrainState:
-    """What a checkpoint holds, and nothing more."""
+    """What a checkpoint holds, and nothing more; or the shapes or shardings of all that."""
 
-    step: Array  # int32 scalar: optimizer steps taken
-    key: Array  # typed; never split, only folded with the step
+    step: Tree  # int32 scalar: optimizer steps taken
+    key: Tree  # typed; never split, only folded with the step
     params: Params
     buffers: Buffers
     opt_state: Tree
@@ -120,12 +120,12 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
         boxed = jax.eval_shape(functools.partial(init_state, config=config), new_key(config), batch)
     where = shardings(boxed, mesh)
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    return jax.tree.map(place, nn.unbox(boxed), where)
+    return jax.tree.map(place, unbox(boxed), where)
 
 
-def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
+def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Tree:
     """Shapes and shardings of the global batch that the host sends."""
-    check_batch(config.batch_size, mesh)
+    check_batch(config.batch_size, mesh, config.accumulate)
     shapes = config.data.shapes(config.batch_size)
     struct = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
     return {name: struct(*shape) for name, shape in shapes.items()}
@@ -138,7 +138,7 @@ def fresh_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
 
     def make(key):
         batch = {name: jnp.zeros(*shape) for name, shape in shapes.items()}
-        return nn.unbox(init_state(key, batch, config=config))
+        return unbox(init_state(key, batch, config=config))
 
     with jax.set_mesh(mesh):
         return jax.jit(make, out_shardings=where)(new_key(config))
