@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, get_origin, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -117,7 +117,7 @@ def _text(value: Any) -> str:
 
 
 def _is_dtype(value: Any) -> bool:
-    return isinstance(value, np.dtype) or (hasattr(value, "dtype") and callable(value))
+    return isinstance(value, np.dtype | type(jnp.float32))
 
 
 # ---- overrides ----
@@ -141,6 +141,9 @@ def _replaced(value: Any, rest: list[str], path: str, text: str) -> Any:
         raise unknown(name, parts, f"{here or 'the config'} ({type(value).__name__})")
     part = _replaced(parts[name], rest[1:], path, text)
     if dataclasses.is_dataclass(value):
+        hint = next(f.type for f in dataclasses.fields(value) if f.name == name)
+        if get_origin(hint) is Literal and part not in get_args(hint):
+            raise unknown(part, dict.fromkeys(get_args(hint)), path)
         return dataclasses.replace(value, **{name: part})
     if isinstance(value, Mapping):
         return {**value, name: part}
@@ -149,28 +152,26 @@ def _replaced(value: Any, rest: list[str], path: str, text: str) -> Any:
 
 def parse(current: Any, name: str, text: str) -> Any:
     """`text` as a value of the type of `current`: 1e4 is a whole number where one is wanted."""
-    if _is_dtype(current):
-        if not hasattr(jnp, text):
-            raise ConfigError(f"{name}={text}: no such dtype; use float32 or bfloat16.")
-        return getattr(jnp, text)
-    if isinstance(current, str):
-        return text
-    if dict(_parts(current)):
-        inner = ", ".join(f"{name}.{part}" for part in dict(_parts(current)))
+    if parts := dict(_parts(current)):
+        inner = ", ".join(f"{name}.{part}" for part in parts)
         raise ConfigError(f"{name} is a {type(current).__name__}: set one of {inner}.")
+    if _is_dtype(current):
+        if not _is_dtype(dtype := getattr(jnp, text, None)):
+            raise ConfigError(f"{name}={text}: no such dtype; use float32 or bfloat16.")
+        return dtype
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    if isinstance(current, bool) or not isinstance(current, int | float | tuple):
-        right = isinstance(value, bool) or not isinstance(current, bool)
-    elif isinstance(current, int) and isinstance(value, float):
-        right, value = value == int(value), int(value)
-    else:
-        right = isinstance(value, int | float if isinstance(current, float) else type(current))
-        value = float(value) if right and isinstance(current, float) else value
-    if not right:
-        raise ConfigError(f"{name}={text}: expected {type(current).__name__}, as {current!r} is.")
+    kind, given = type(current), type(value)
+    if kind is str:
+        return value if given is str else text
+    if kind is float and given is int:
+        return float(value)
+    if kind is int and given is float and value.is_integer():
+        return int(value)
+    if current is not None and kind is not given:
+        raise ConfigError(f"{name}={text}: expected {kind.__name__}, as {current!r} is.")
     return value
 
 
