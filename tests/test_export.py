@@ -66,7 +66,7 @@ def edit(directory, config=(), arrays=lambda x: x):
     [
         (TINY, 3),
         (replace(TINY, normalize=False, encoder=vit("mu", 4, mlp_ratio=1.1)), 1),
-        (MAE(ViT(44, 1, 2, 4, mlp_ratio=49 / 44), Decoder(8, 1, 2)), 2),  # 44 * (49 / 44) < 49
+        (MAE(ViT(44, 1, 2, 4, mlp_ratio=49.5 / 44), Decoder(8, 1, 2)), 2),  # 44 * (49 / 44) < 49
     ],
 )
 def test_ours_to_theirs_and_back(objective, channels, tmp_path):
@@ -84,15 +84,11 @@ def test_ours_to_theirs_and_back(objective, channels, tmp_path):
 
 def test_a_bfloat16_model_is_exported_in_float32(saved):
     directory, params = saved
-    half = replace(TINY, encoder=replace_module(TINY.encoder, dtype=jnp.bfloat16))
+    half = replace(TINY, encoder=TINY.encoder.clone(dtype=jnp.bfloat16))
     hf.save(half, jax.tree.map(jnp.asarray, params), directory / "half", SIDE)
     arrays = load_file(directory / "half" / "model.safetensors")
     assert {a.dtype for a in arrays.values()} == {np.dtype(np.float32)}
     assert equal(hf.load(directory / "half")[1], params)
-
-
-def replace_module(module, **changes):
-    return module.clone(**changes)
 
 
 def newer_spelling(arrays):
@@ -289,8 +285,9 @@ def test_transformers_opens_both(transformers, saved):
         directory, output_loading_info=True
     )
     assert set(info) >= INFO and not any(info.values())
-    for row, width in ((whole.vit.embeddings.position_embeddings, 32),):
-        assert np.array_equal(row.detach().numpy(), keymaps.positions(3, 3, width))
+    tables = whole.vit.embeddings.position_embeddings, whole.decoder.decoder_pos_embed
+    for table, width in zip(tables, (32, 16), strict=True):
+        assert np.array_equal(table.detach().numpy(), keymaps.positions(3, 3, width))
     model, info = transformers.ViTModel.from_pretrained(
         directory / "encoder", add_pooling_layer=False, output_loading_info=True
     )
