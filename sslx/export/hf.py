@@ -6,7 +6,6 @@ ViT-MAE, ours or another's. Their position tables are arrays of the checkpoint; 
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -212,14 +211,11 @@ def _check_positions(name: str, arrays: Arrays, grid: int, width: int) -> None:
 
 def _stack(config: Json, prefix: str) -> Json:
     width, depth, heads, hidden = (config[prefix + key] for key in SHAPE)
-    ratio = hidden / width
-    if int(width * ratio) != hidden:  # the MLP's expression, cut short by a rounding
-        ratio = math.nextafter(ratio, math.inf)
-    return {"width": width, "depth": depth, "heads": heads, "mlp_ratio": ratio}
+    return {"width": width, "depth": depth, "heads": heads, "mlp_ratio": hidden / width}
 
 
 def _shape(stack: ViT | Decoder, prefix: str) -> Json:
-    of_stack = (stack.width, stack.depth, stack.heads, int(stack.width * stack.mlp_ratio))
+    of_stack = (stack.width, stack.depth, stack.heads, round(stack.width * stack.mlp_ratio))
     return {prefix + key: value for key, value in zip(SHAPE, of_stack, strict=True)}
 
 

@@ -96,7 +96,7 @@ TIMM_VIT = (
 
 def sizes(stack, patch: int, channels: int, reads: int = 0) -> dict[str, int]:
     """The letters of a ViT or of an MAE decoder that reads tokens of width `reads`."""
-    hidden = int(stack.width * stack.mlp_ratio)
+    hidden = round(stack.width * stack.mlp_ratio)
     of_stack = {"l": stack.depth, "d": stack.width, "h": stack.heads, "m": hidden, "k": reads}
     return {**of_stack, "t": 3, "p": patch, "q": patch, "c": channels}
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from sslx.models.layers import Dense
 from sslx.models.transformer import Remat, Transformer
-from sslx.ops.patches import patchify
+from sslx.ops.patches import grid, patchify
 from sslx.ops.positions import sincos_2d
 from sslx.sharding import constrain
 from sslx.types import Array
@@ -47,12 +47,12 @@ class ViT(nn.Module):
         train: bool = False,
         keep: Int[Array, "B K"] | None = None,
     ) -> Float[Array, "B N D"]:
-        rows, columns = (n // self.patch for n in image.shape[1:3])
         x = patchify(image, self.patch)  # [B, N, F]
-        position = jnp.asarray(sincos_2d(rows, columns, self.width))[None]  # [1, N, D]
+        rows, columns, _ = grid(image, self.patch)
+        position = jnp.asarray(sincos_2d(rows, columns, self.width))  # [N, D]
         if keep is not None:  # before the embedding: its cost falls with the masked share
             x = jnp.take_along_axis(x, keep[..., None], 1)  # [B, K, F]
-            position = position[0, keep]  # [B, K, D]
+            position = position[keep]  # [B, K, D]
         x = Dense(self.width, (None, "embed"), dtype=self.dtype, name="patch")(x)
         x = x + position.astype(self.dtype)
         first = self.param("class", nn.initializers.normal(0.02), (1, 1, self.width), jnp.float32)

@@ -13,7 +13,7 @@ from sslx.models.transformer import Remat, Transformer
 from sslx.models.vit import ViT
 from sslx.objectives.base import Objective
 from sslx.ops.masks import kept, shuffle
-from sslx.ops.patches import patchify, unpatchify
+from sslx.ops.patches import grid, patchify, unpatchify
 from sslx.ops.positions import sincos_2d
 from sslx.sharding import constrain
 from sslx.types import Array, Batch, Buffers, Metrics, Params, Tree
@@ -38,16 +38,16 @@ class Decoder(nn.Module):
         self,
         tokens: Float[Array, "B K D"],
         order: Int[Array, "B N"],
-        grid: tuple[int, int],
-        features: int,
+        grid: tuple[int, int, int],
         skip: int = 0,
     ) -> Float[Array, "B M F"]:
         """`skip` leaves out the pixels of the first patches, the visible ones in training."""
+        rows, columns, features = grid
         x = Dense(self.width, (None, "embed"), dtype=self.dtype, name="embed")(tokens)
         blank = self.param("mask", nn.initializers.normal(0.02), (1, 1, self.width), jnp.float32)
         hidden = order.shape[1] + 1 - tokens.shape[1]
         blank = jnp.broadcast_to(blank.astype(self.dtype), (len(x), hidden, self.width))
-        position = jnp.asarray(sincos_2d(*grid, self.width), self.dtype)[order]  # [B, N, D]
+        position = jnp.asarray(sincos_2d(rows, columns, self.width), self.dtype)[order]  # [B, N, D]
         x = jnp.concatenate([x, blank], 1)  # [B, 1 + N, D]
         x = x + jnp.pad(position, ((0, 0), (1, 0), (0, 0)))  # the class token has position zero
         x = Transformer(
@@ -76,7 +76,7 @@ class MAE(Objective):
         order, keep = self.mask(keys[0], image)
         encoder = self.encoder.init(keys[1], image, keep=keep)["params"]
         tokens = self.encoder.apply({"params": encoder}, image, keep=keep)
-        decoder = self.decoder.init(keys[2], tokens, order, *self.shape(image))["params"]
+        decoder = self.decoder.init(keys[2], tokens, order, self.grid(image))["params"]
         return {"encoder": encoder, "decoder": decoder}, {}
 
     def loss(
@@ -92,20 +92,18 @@ class MAE(Objective):
 
     def mask(self, key: Array, image: Float[Array, "B H W C"]):
         """A shuffled order of the patches [B, N], and its visible head [B, K]."""
-        rows, columns = self.shape(image)[0]
+        rows, columns, _ = self.grid(image)
         order = shuffle(key, len(image), rows * columns)
         return order, order[:, : kept(rows * columns, self.ratio)]
 
-    def shape(self, image: Float[Array, "B H W C"]) -> tuple[tuple[int, int], int]:
-        """The grid of patches, and the values of one patch."""
-        patch = self.encoder.patch
-        return (image.shape[1] // patch, image.shape[2] // patch), patch**2 * image.shape[3]
+    def grid(self, image: Float[Array, "B H W C"]) -> tuple[int, int, int]:
+        return grid(image, self.encoder.patch)
 
     def predict(self, params: Params, image, order, keep, skip: int = 0) -> Float[Array, "B M F"]:
         """Pixels of the patches `order[:, skip:]`, seen those in `keep`."""
         tokens = self.encoder.apply({"params": params["encoder"]}, image, train=True, keep=keep)
         variables = {"params": params["decoder"]}
-        return self.decoder.apply(variables, tokens, order, *self.shape(image), skip=skip)
+        return self.decoder.apply(variables, tokens, order, self.grid(image), skip=skip)
 
     def target(self, image: Float[Array, "B H W C"]) -> Float[Array, "B N F"]:
         """Pixels of every patch; FAIR's variance is torch's, over F - 1."""
@@ -121,7 +119,6 @@ class MAE(Objective):
         """
         image = batch["image"]
         order, keep = self.mask(key, image)
-        grid, _ = self.shape(image)
         back = jnp.argsort(order, axis=1)[..., None]
         pixels = jnp.take_along_axis(self.predict(params, image, order, keep), back, 1)
         patches = patchify(image, self.encoder.patch)  # [B, N, F]
@@ -130,7 +127,8 @@ class MAE(Objective):
             pixels = pixels * std + mean
         hidden = back >= keep.shape[1]  # [B, N, 1]
         panels = (patches, jnp.where(hidden, 0, patches), jnp.where(hidden, pixels, patches))
-        return jnp.stack([unpatchify(x, self.encoder.patch, grid) for x in panels], 1)
+        shape = self.grid(image)[:2]
+        return jnp.stack([unpatchify(x, self.encoder.patch, shape) for x in panels], 1)
 
     def backbone(self, params: Params, buffers: Buffers) -> tuple[nn.Module, Tree]:
         return self.encoder, {"params": params["encoder"]}

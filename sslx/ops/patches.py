@@ -20,6 +20,12 @@ def patchify(image: Float[Array, "B H W C"], patch: int) -> Float[Array, "B N F"
     return einops.rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
 
 
+def grid(image: Float[Array, "B H W C"], patch: int) -> tuple[int, int, int]:
+    """(rows, columns, values of one patch): what `patchify` makes of an image."""
+    height, width, channels = image.shape[1:]
+    return height // patch, width // patch, patch**2 * channels
+
+
 def unpatchify(
     patches: Float[Array, "B N F"], patch: int, grid: tuple[int, int]
 ) -> Float[Array, "B H W C"]:
