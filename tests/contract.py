@@ -1,0 +1,214 @@
+"""What every objective keeps, as one table: a row says how to build it tiny, and one batch.
+
+A new method is a new row. `test_objectives.py` runs design.md's section 8 on each.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from sslx import train
+from sslx.config import Config
+from sslx.data.image import Image
+from sslx.data.pipeline import Pipeline
+from sslx.data.sources import digits
+from sslx.models.vit import vit
+from sslx.objectives.base import Objective
+from sslx.objectives.mae import MAE, Decoder
+from sslx.optim import AdamW, Optimizer
+from sslx.schedules import Constant
+from sslx.sharding import Mesh, batch_sharding
+from sslx.views import Chain, Views
+
+BATCH = 16
+AS_IT_IS = Chain(())
+
+
+@dataclass(frozen=True)
+class Reorder:
+    """A change of the batch, and whether the paper's loss stays the same under it."""
+
+    change: Callable[[dict], dict]
+    same: bool
+    objective: Objective | None = None  # in place of the row's
+
+
+@dataclass(frozen=True)
+class Row:
+    """An objective at its smallest.
+
+    batch    seed -> what the objective reads, as numpy, BATCH examples
+    reorders name -> item 10
+    still    params that get no gradient, path -> the reason
+    falls    share of the first loss that is left after 20 steps of Adam, if not less
+    """
+
+    objective: Objective
+    batch: Callable[[int], dict]
+    reorders: Mapping[str, Reorder]
+    still: Mapping[str, str]
+    falls: float
+    rate: float = 3e-3
+
+
+# ---- batches and their changes ----
+
+
+def pictures(seed: int) -> dict:
+    """Normalized digits, [B, 8, 8, 1]."""
+    images = digits("train").arrays[0].astype(np.float32) / 255
+    rows = np.random.default_rng(seed).choice(len(images), BATCH, replace=False)
+    return {"image": (images[rows] - 0.3) / 0.37}
+
+
+def examples_reversed(batch: dict) -> dict:
+    return {name: x[::-1] for name, x in batch.items()}
+
+
+# ---- objectives of the tests' own ----
+
+
+class OneMask(MAE):
+    """MAE that hides the same patches of every example: what is left is a mean over examples."""
+
+    def mask(self, key, image):
+        order, keep = super().mask(key, image[:1])
+        return tuple(jnp.broadcast_to(x, (len(image), x.shape[1])) for x in (order, keep))
+
+
+class Projector(nn.Module):
+    """One token: a linear map of all pixels."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = x.reshape(len(x), 1, -1)
+        return x @ self.param("w", nn.initializers.normal(), (x.shape[-1], self.width))
+
+
+@dataclass(frozen=True)
+class Follow(Objective):
+    """Follow a slow random projection of centered pixels: plain functions, no module library.
+
+    batch    image [B, H, W, C]
+    buffers  target: slow w; mean: of the pixels, moving; seen: examples so far
+    """
+
+    width: int = 256  # large enough for an unnamed leaf to be cut
+    tau: float = 0.9
+    share: float = 0.1  # of the batch in the moving mean
+
+    def init(self, key, batch):
+        shape = (batch["image"][0].size, self.width)
+        w, slow = (jax.random.normal(k, shape) / 8 for k in jax.random.split(key))
+        start = {"target": {"w": slow}, "mean": jnp.zeros(shape[0]), "seen": jnp.int32(0)}
+        return {"w": w}, start
+
+    def loss(self, params, buffers, batch, key, step):
+        x = batch["image"].reshape(len(batch["image"]), -1)
+        mean = buffers["mean"] + self.share * (x.mean(0) - buffers["mean"])
+        x = x - jax.lax.stop_gradient(mean)
+        error = jnp.square(x @ params["w"] - x @ buffers["target"]["w"]).mean(1)
+        buffers = {**buffers, "mean": mean, "seen": buffers["seen"] + len(x)}
+        return error.mean(), (buffers, {"worst": error.max()})
+
+    def update(self, params, buffers, step):
+        mix = lambda slow, w: self.tau * slow + (1 - self.tau) * w  # noqa: E731
+        return {**buffers, "target": jax.tree.map(mix, buffers["target"], params)}
+
+    def backbone(self, params, buffers):
+        return Projector(self.width), {"params": params}
+
+
+# ---- the table ----
+
+TINY = MAE(vit("mu", 2).clone(heads=4), Decoder(width=32, depth=1, heads=4))  # heads over tensor=4
+
+ROWS = {
+    "MAE": Row(
+        TINY,
+        pictures,
+        {
+            # Masks are drawn by place in the batch: another order hides other patches.
+            "examples": Reorder(examples_reversed, same=False),
+            "examples under one mask": Reorder(
+                examples_reversed, same=True, objective=OneMask(TINY.encoder, TINY.decoder)
+            ),
+        },
+        still={},
+        falls=0.85,
+    ),
+    "Follow": Row(
+        Follow(),
+        pictures,
+        {"examples": Reorder(examples_reversed, same=True)},
+        still={},
+        falls=0.2,
+        rate=3e-2,
+    ),
+}
+
+
+# ---- a row on a mesh, through the engine ----
+
+
+@dataclass(frozen=True)
+class Given(Pipeline):
+    """A pipeline only in its shapes: those of a batch that the objective reads as it is."""
+
+    batch: Callable[[int], dict] = pictures
+
+    def shapes(self, batch_size):
+        given = self.batch(0)
+        return {name: ((batch_size, *x.shape[1:]), x.dtype) for name, x in given.items()}
+
+
+@dataclass(frozen=True)
+class Record(Optimizer):
+    """Plain gradient descent whose state is the last gradient, so that a step shows it."""
+
+    learning_rate: Constant = Constant(0.1)
+
+    def transform(self):
+        raise NotImplementedError
+
+    def init(self, params):
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(self, grads, opt_state, params):
+        return jax.tree.map(lambda g: -self.learning_rate(0) * g, grads), grads
+
+
+def config_of(row: Row, **fields) -> Config:
+    """A run of `row` without views; `fields` as in Config."""
+    optimizer = AdamW(Constant(row.rate), no_decay="")
+    fields = {"optimizer": optimizer, "steps": 3, "batch_size": BATCH} | fields
+    data = Given(digits("train"), Image(8, channels=1), batch=row.batch)
+    return Config(row.objective, data, Views(AS_IT_IS, AS_IT_IS), **fields)
+
+
+def mesh_of(*shape: int) -> jax.sharding.Mesh:
+    """(replica, fsdp, tensor) over as many devices as that takes."""
+    return Mesh(*shape).build(jax.devices()[: int(np.prod(shape))])
+
+
+def placed(batch: dict, mesh: jax.sharding.Mesh) -> dict:
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
+@functools.cache
+def one_step(name: str, *shape: int):
+    """(state before, state after, metrics) of one recorded step of a row on a mesh."""
+    row, mesh = ROWS[name], mesh_of(*shape)
+    config = config_of(row, optimizer=Record())
+    state = train.fresh_state(config, mesh)
+    before = jax.device_get(replace(state, key=jax.random.key_data(state.key)))
+    with jax.set_mesh(mesh):
+        batch = placed(row.batch(0), mesh)
+        return before, *train.jitted_step(config, mesh)(state, batch)

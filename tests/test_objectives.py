@@ -1,0 +1,268 @@
+"""The contract of every objective: design.md, section 8, item by item, on every row."""
+
+import functools
+from dataclasses import dataclass, fields, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import BATCH, ROWS, Follow, Record, Row, config_of, mesh_of, one_step, placed
+
+from sslx import train
+from sslx.config import ConfigError, lines
+from sslx.ops.trees import path_of
+
+every_row = pytest.mark.parametrize("name", ROWS)
+SPLITS = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
+
+
+def abstract(row: Row):
+    """Params, buffers, batch, key and step, as shapes."""
+    state = train.abstract_state(config_of(row), mesh_of(1, 1, 1))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    return shapes.params, shapes.buffers, row.batch(0), shapes.key, shapes.step
+
+
+def kinds(tree):
+    """Structure, shapes, dtypes and weakness of type: all that a compilation depends on."""
+    return jax.tree.map(lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), tree)
+
+
+def relative(x, y) -> float:
+    """Largest difference over largest magnitude."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    return np.abs(x - y).max() / max(np.abs(y).max(), 1e-30)
+
+
+def worst(tree, other) -> float:
+    return max(jax.tree.leaves(jax.tree.map(relative, tree, other)), default=0.0)
+
+
+@functools.cache
+def trained(name: str):
+    """Three steps on eight devices: states (as far as they live), metrics, compilations."""
+    row, mesh, compiled = ROWS[name], mesh_of(1, 8, 1), []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    config = config_of(row)
+    state = train.fresh_state(config, mesh)
+    states, metrics = [state], []
+    with jax.set_mesh(mesh):
+        step = train.jitted_step(config, mesh)
+        batches = [placed(row.batch(seed), mesh) for seed in range(3)]
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            for batch in batches:
+                state, said = step(state, batch)
+                states, metrics = [*states, state], [*metrics, said]
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+    return states, metrics, compiled
+
+
+@every_row
+def test_01_init_and_loss_trace(name):
+    row = ROWS[name]
+    params, buffers, batch, key, step = abstract(row)
+    loss, (_, metrics) = jax.eval_shape(row.objective.loss, params, buffers, batch, key, step)
+    assert loss.shape == () and loss.dtype == jnp.float32
+    for scalar in jax.tree.leaves(metrics):
+        assert scalar.shape == ()
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+
+
+@every_row
+def test_02_buffers_keep_their_kind(name):
+    row = ROWS[name]
+    params, buffers, batch, key, step = abstract(row)
+    _, (moved, _) = jax.eval_shape(row.objective.loss, params, buffers, batch, key, step)
+    assert kinds(moved) == kinds(buffers)
+    assert kinds(jax.eval_shape(row.objective.update, params, moved, step)) == kinds(buffers)
+
+
+@every_row
+def test_03_three_steps_one_compilation(name):
+    states, metrics, compiled = trained(name)
+    assert len(compiled) == 1
+    assert int(states[-1].step) == 3
+    assert np.isfinite([float(said["loss"]) for said in metrics]).all()
+
+
+@every_row
+def test_04_every_param_gets_a_gradient(name):
+    _, after, _ = one_step(name, 1, 1, 1)
+    still = {
+        path_of(keys)
+        for keys, grad in jax.tree_util.tree_leaves_with_path(after.opt_state)
+        if not np.asarray(grad).any()
+    }
+    assert still == set(ROWS[name].still)
+
+
+@every_row
+def test_05_loss_falls_on_a_fixed_batch(name):
+    row, mesh, losses = ROWS[name], mesh_of(1, 8, 1), []
+    config = config_of(row)
+    state = train.fresh_state(config, mesh)
+    with jax.set_mesh(mesh):
+        batch, step = placed(row.batch(0), mesh), train.jitted_step(config, mesh)
+        for _ in range(25):
+            state, said = step(state, batch)
+            losses.append(float(said["loss"]))
+    assert np.mean(losses[-5:]) < row.falls * losses[0]
+
+
+@every_row
+@pytest.mark.parametrize("shape", SPLITS, ids=str)
+def test_06_eight_devices_agree_with_one(name, shape):
+    start, here, said = one_step(name, *shape)
+    alone, there, expected = one_step(name, 1, 1, 1)
+    assert worst(start.params, alone.params) < 1e-6  # the same draw on any mesh
+    assert worst(said, expected) < 1e-5  # loss, metrics
+    assert worst(here.opt_state, there.opt_state) < 1e-5  # gradients
+    assert worst(here.buffers, there.buffers) < 1e-5
+    assert worst(here.params, there.params) < 1e-5
+    assert worst(here.params, start.params) > 1e-4  # and it did move
+
+
+@every_row
+@pytest.mark.parametrize("shape", SPLITS, ids=str)
+def test_06_params_are_cut(name, shape):
+    """What a device holds of params and moments is what the rules say, and far from all."""
+    _, state, _ = one_step(name, *shape)
+    config = config_of(ROWS[name], optimizer=Record())
+    abstract = train.abstract_state(config, mesh_of(*shape))
+    for x, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert x.sharding.is_equivalent_to(expected.sharding, x.ndim)
+    for tree in (state.params, state.opt_state):
+        held = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(tree))
+        whole = sum(x.size for x in jax.tree.leaves(tree))
+        ways = shape[1] if name == "Follow" else shape[1] * shape[2]  # names no axes: fsdp alone
+        assert 1 / ways <= held / whole < 1 / ways + 0.1
+
+
+@every_row
+def test_07_a_prepared_state_can_be_donated(name):
+    states, _, _ = trained(name)
+    for state in states[:-1]:
+        kept = [
+            path_of(keys)
+            for keys, x in jax.tree_util.tree_leaves_with_path(state)
+            if not x.is_deleted()
+        ]
+        assert kept == []
+
+
+@every_row
+def test_08_the_objective_is_a_value(name):
+    objective = ROWS[name].objective
+    copy = replace(objective)
+    assert copy == objective and hash(copy) == hash(objective)
+    assert repr(copy) == repr(objective) and " at 0x" not in repr(objective)
+    assert list(lines(copy)) == list(lines(objective))
+    for field in fields(objective):
+        value = getattr(objective, field.name)
+        if isinstance(value, int | float):
+            other = replace(objective, **{field.name: not value if value is True else value + 1})
+            assert other != objective and list(lines(other)) != list(lines(objective))
+
+
+@every_row
+def test_09_backbone_gives_tokens_of_each_example_alone(name):
+    row = ROWS[name]
+    before, _, _ = one_step(name, 1, 1, 1)
+    module, variables = row.objective.backbone(before.params, before.buffers)
+    x, y = (next(iter(row.batch(seed).values())) for seed in (0, 1))
+    encode = jax.jit(lambda x: module.apply(variables, x, train=False))
+    tokens = encode(x)
+    assert tokens.ndim == 3 and len(tokens) == BATCH
+    assert relative(encode(np.concatenate([x[:1], y[1:]]))[0], tokens[0]) < 1e-6
+    assert relative(encode(x[::-1])[::-1], tokens) < 1e-6
+
+
+@pytest.mark.parametrize("name, what", [(n, w) for n, row in ROWS.items() for w in row.reorders])
+def test_10_reordering_changes_the_loss_as_the_paper_says(name, what):
+    row, reorder = ROWS[name], ROWS[name].reorders[what]
+    objective = reorder.objective or row.objective
+    before, _, _ = one_step(name, 1, 1, 1)
+    key, batch = jax.random.key(3), row.batch(0)
+
+    @jax.jit
+    def loss(batch):
+        return objective.loss(before.params, before.buffers, batch, key, jnp.int32(0))[0]
+
+    apart = relative(loss(reorder.change(batch)), loss(batch))
+    assert apart < 1e-6 if reorder.same else apart > 1e-4
+
+
+# ---- the step around an objective ----
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_step_is_that_of_the_whole_batch(parts):
+    """Where no example knows of the others: the same loss, gradient and metrics' mean."""
+    row = replace(ROWS["Follow"], objective=Follow(share=0.0))
+    results = []
+    for accumulate in (1, parts):
+        config = config_of(row, optimizer=Record(), accumulate=accumulate)
+        mesh = mesh_of(1, 4, 1)
+        with jax.set_mesh(mesh):
+            state, batch = train.fresh_state(config, mesh), placed(row.batch(0), mesh)
+            results.append(train.jitted_step(config, mesh)(state, batch))
+    (whole, said), (summed, told) = results
+    assert worst(summed.opt_state, whole.opt_state) < 1e-5
+    assert worst(summed.params, whole.params) < 1e-5
+    assert relative(told["loss"], said["loss"]) < 1e-5
+    assert int(summed.buffers["seen"]) == int(whole.buffers["seen"]) == BATCH
+    # The target moved once; and a micro-batch is each parts-th example, in order.
+    assert worst(summed.buffers["target"], whole.buffers["target"]) < 1e-5
+    x = row.batch(0)["image"].reshape(BATCH, -1)
+    before = train.fresh_state(config_of(row, optimizer=Record()), mesh_of(1, 1, 1))
+    error = np.square(x @ (before.params["w"] - before.buffers["target"]["w"])).mean(1)
+    worsts = [error[i::parts].max() for i in range(parts)]
+    assert relative(told["worst"], np.mean(worsts)) < 1e-5
+
+
+def test_accumulation_must_divide_the_batch():
+    with pytest.raises(ConfigError, match="batch_size=16 does not divide into accumulate=3"):
+        config_of(ROWS["Follow"], accumulate=3)
+
+
+@dataclass(frozen=True)
+class Fragile(Follow):
+    """Adds the norm of what a pixel above 100 makes a zero vector: finite, but its slope is not."""
+
+    def loss(self, params, buffers, batch, key, step):
+        loss, aux = super().loss(params, buffers, batch, key, step)
+        return loss + jnp.linalg.norm(params["w"] * (batch["image"].max() < 100)), aux
+
+
+@pytest.mark.parametrize("pixel", [np.nan, 101.0], ids=["loss", "gradient alone"])
+@pytest.mark.parametrize("nonfinite", ["skip", "stop"])
+def test_nonfinite_step(nonfinite, pixel):
+    """skip: params, moments and buffers bit-equal, the step counted; stop: it is the loop's."""
+    row, mesh = replace(ROWS["Follow"], objective=Fragile()), mesh_of(1, 2, 1)
+    config = config_of(row, nonfinite=nonfinite)
+    bad = {"image": row.batch(0)["image"].copy()}
+    bad["image"][3, 0, 0, 0] = pixel
+    with jax.set_mesh(mesh):
+        good, bad = placed(row.batch(0), mesh), placed(bad, mesh)
+        state, step = train.fresh_state(config, mesh), train.jitted_step(config, mesh)
+        state, first = step(state, good)
+        before = jax.device_get((state.params, state.opt_state, state.buffers))
+        state, second = step(state, bad)
+        after = jax.device_get((state.params, state.opt_state, state.buffers))
+        assert int(state.step) == 2
+        assert np.isfinite(second["loss"]) == np.isfinite(pixel)
+        assert not np.isfinite(second["grad_norm"])
+        if nonfinite == "stop":
+            assert "skipped" not in second and not np.isfinite(after[0]["w"]).all()
+            return
+        jax.tree.map(np.testing.assert_array_equal, after, before)
+        state, third = step(state, good)
+        assert [int(said["skipped"]) for said in (first, second, third)] == [0, 1, 0]
+        assert worst(jax.device_get(state.params), before[0]) > 1e-4
