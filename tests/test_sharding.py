@@ -1,0 +1,335 @@
+"""Where arrays live: the rules, their fallbacks, and what the compiled step makes of them."""
+
+import functools
+import re
+from dataclasses import replace
+from unittest.mock import NonCallableMock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import BATCH, ROWS, config_of, mesh_of
+from flax import linen as nn
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sslx import sharding, train, views
+from sslx.config import Config
+from sslx.data.image import Image
+from sslx.data.pipeline import Pipeline
+from sslx.data.sources import digits
+from sslx.sharding import MIN_SIZE, Mesh, batch_sharding, check_batch, constrain, shardings, spec
+
+ALL = (2, 2, 2)
+
+
+# ---- meshes ----
+
+
+@pytest.mark.parametrize(
+    "mesh, shape",
+    [
+        (Mesh(), (1, 8, 1)),
+        (Mesh(replica=2), (2, 4, 1)),
+        (Mesh(fsdp=2, tensor=-1), (1, 2, 4)),
+        (Mesh(replica=-1, fsdp=1), (8, 1, 1)),
+        (Mesh(2, 2, 2), (2, 2, 2)),
+    ],
+)
+def test_mesh_covers_all_devices(mesh, shape):
+    built = mesh.build()
+    assert built.axis_names == ("replica", "fsdp", "tensor") and built.devices.shape == shape
+    assert {d.id for d in built.devices.flat} == {d.id for d in jax.devices()}
+    assert set(built.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [Mesh(fsdp=3), Mesh(3), Mesh(-1, -1, 1), Mesh(0), Mesh(2, 2, 4), Mesh(16), Mesh(1, -2, 1)],
+)
+def test_mesh_that_does_not_fit_says_so(mesh):
+    with pytest.raises(ValueError, match=r"8 devices.*must be 8; put -1 on the one axis"):
+        mesh.build()
+
+
+def chip(i: int):
+    """What a mesh asks of a TPU that is not there: 2 slices of 4 chips."""
+    device = NonCallableMock(spec=jax.Device, platform="tpu", device_kind="TPU v4")
+    device.configure_mock(id=i, slice_index=i // 4, process_index=0, core_on_chip=0)
+    device.coords = (i % 2, i // 2 % 2, 0)
+    return device
+
+
+POD = [chip(i) for i in range(8)]
+
+
+@pytest.mark.parametrize("mesh", [Mesh(2, 4, 1), Mesh(2, 2, 2), Mesh(4, 2, 1), Mesh(8, 1, 1)])
+def test_slices_are_joined_by_replicas_alone(mesh, monkeypatch):
+    real, here = jax.sharding.Mesh, np.array(jax.devices())
+    ids = np.vectorize(lambda device: device.id)
+    monkeypatch.setattr(jax.sharding, "Mesh", lambda grid, *a, **k: real(here[ids(grid)], *a, **k))
+    grid = ids(mesh.build(POD).devices)
+    assert grid.shape == (mesh.replica, mesh.fsdp, mesh.tensor)
+    slices = (grid // 4).reshape(mesh.replica, -1)
+    assert (slices == slices[:, :1]).all()  # fsdp and tensor stay within a slice
+    assert np.array_equal(np.sort(slices[:, 0]), slices[:, 0])  # whole slices, one after another
+
+
+def test_slices_that_replicas_cannot_join():
+    with pytest.raises(ValueError, match=r"2 slices .* use mesh\.replica=2"):
+        Mesh(1, 8, 1).build(POD)
+
+
+# ---- rules ----
+
+
+@pytest.mark.parametrize(
+    "names, shape, expected",
+    [
+        (("embed", "mlp"), (32, 128), P(("fsdp",), ("tensor",))),
+        (("mlp", "embed"), (128, 32), P(("tensor",), ("fsdp",))),
+        (("batch", None, None), (16, 5, 32), P(("replica", "fsdp"), None, None)),
+        (("batch", None, "mlp"), (16, 5, 32), P(("replica", "fsdp"), None, ("tensor",))),
+        (("layers", "embed", None), (4, 32, 3), P(None, ("fsdp",), None)),  # a name without a rule
+        (("embed", "embed"), (32, 32), P(("fsdp",), None)),  # an axis is used once
+        (("batch", "embed"), (16, 32), P(("replica", "fsdp"), None)),
+        (("embed", "batch"), (32, 16), P(("fsdp",), ("replica",))),  # what is left of the two
+        (("embed", "mlp"), (33, 128), P(None, ("tensor",))),  # what does not divide stays whole
+        (("batch", None), (6, 2), P(None, None)),  # 6 over 4
+        ((), (), P()),
+    ],
+)
+def test_spec(names, shape, expected):
+    assert spec(names, shape, mesh_of(*ALL)) == expected
+
+
+def test_spec_names_every_axis():
+    with pytest.raises(ValueError):
+        spec(("embed",), (32, 32), mesh_of(*ALL))
+
+
+def test_every_rule_names_axes_of_the_mesh():
+    assert {a for axes in sharding.RULES.values() for a in axes} == set(sharding.AXES)
+
+
+def test_shardings_by_name_by_size_or_whole():
+    mesh = mesh_of(1, 4, 2)
+    struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    named = nn.LogicallyPartitioned(struct(4, 32, 128), ("layers", "embed", "mlp"))
+    side = 2 * int(MIN_SIZE**0.5)
+    tree = {
+        "named": named,
+        "large": struct(side // 2, side),
+        "odd": struct(side, side + 1),  # only the first divides
+        "prime": struct(MIN_SIZE + 1),
+        "small": struct(8, 8),
+        "scalar": struct(),
+        "key": jax.eval_shape(lambda: jax.random.key(0)),
+    }
+    found = {k: s.spec for k, s in shardings(tree, mesh).items()}
+    assert found == {
+        "named": P(None, ("fsdp",), ("tensor",)),
+        "large": P(None, "fsdp"),
+        "odd": P("fsdp"),
+        "prime": P(),
+        "small": P(),
+        "scalar": P(),
+        "key": P(),
+    }
+
+
+def test_moments_inherit_the_axes_of_params():
+    mesh = mesh_of(*ALL)
+    state = train.abstract_state(config_of(ROWS["MAE"]), mesh)
+    moments = state.opt_state[1]  # scale_by_adam
+    for tree in (moments.mu, moments.nu):
+        jax.tree.map(
+            lambda m, p: pytest.fail() if m.sharding != p.sharding else 0, tree, state.params
+        )
+    assert moments.count.sharding.spec == P()
+
+
+def test_params_of_a_vit_lie_as_the_layers_say():
+    state = train.abstract_state(config_of(ROWS["MAE"]), mesh_of(1, 2, 4))
+    block = state.params["encoder"]["transformer"]["blocks"]
+    found = {
+        "qkv": block["attention"]["qkv"]["kernel"].sharding.spec,  # layers, D, 3, heads, D / heads
+        "out": block["attention"]["out"]["kernel"].sharding.spec,
+        "up": block["mlp"]["up"]["kernel"].sharding.spec,
+        "up/bias": block["mlp"]["up"]["bias"].sharding.spec,
+        "down": block["mlp"]["down"]["kernel"].sharding.spec,
+    }
+    assert found == {
+        "qkv": P(None, ("fsdp",), None, ("tensor",), None),
+        "out": P(None, ("tensor",), None, ("fsdp",)),
+        "up": P(None, ("fsdp",), ("tensor",)),
+        "up/bias": P(None, ("tensor",)),
+        "down": P(None, ("tensor",), ("fsdp",)),
+    }
+
+
+# ---- constraints ----
+
+
+def test_constrain_outside_of_a_mesh_is_the_array():
+    x = jnp.ones((16, 4))
+    assert constrain(x, "batch", None) is x
+
+
+def test_constrain_cuts_where_it_can():
+    mesh = mesh_of(*ALL)
+    with jax.set_mesh(mesh):
+        cut = jax.jit(lambda: constrain(jnp.ones((16, 6, 32)), "batch", None, "mlp"))()
+        odd = jax.jit(lambda: constrain(jnp.ones((15, 6, 32)), "batch", None, "mlp"))()
+    assert cut.addressable_shards[0].data.shape == (4, 6, 16)
+    assert odd.addressable_shards[0].data.shape == (15, 6, 16)
+
+
+# ---- batches ----
+
+
+def test_batch_lies_over_replicas_and_fsdp():
+    x = jax.device_put(np.ones((16, 3)), batch_sharding(mesh_of(*ALL)))
+    assert x.addressable_shards[0].data.shape == (4, 3)
+    assert NamedSharding(x.sharding.mesh, P(("replica", "fsdp"))).is_equivalent_to(x.sharding, 2)
+
+
+def test_a_batch_that_cannot_be_cut_says_what_can():
+    check_batch(16, mesh_of(*ALL))
+    with pytest.raises(ValueError, match=r"batch_size=18 .* = 4 devices.*such as batch_size=20"):
+        check_batch(18, mesh_of(*ALL))
+    with pytest.raises(ValueError, match="batch_size=18"):
+        train.abstract_state(config_of(ROWS["MAE"], batch_size=18), mesh_of(*ALL))
+
+
+def test_micro_batches_must_be_cut_too():
+    """16 examples in 4 parts are 4 at a time: on 8 devices every one would compute all 4."""
+    with pytest.raises(ValueError, match="accumulate"):
+        train.abstract_state(config_of(ROWS["MAE"], accumulate=4), mesh_of(1, 8, 1))
+
+
+# ---- the compiled step ----
+
+GLOBAL = 104  # examples: no other number of the program, nor a multiple of one
+
+
+def pictures(accumulate: int) -> Config:
+    """MAE on digits, views and all, at a batch size that can be told in the compiled text."""
+    row = ROWS["MAE"]
+    data = Pipeline(digits("train"), Image(8, channels=1), workers=0)
+    view = views.mae(8, statistics=((0.3,), (0.37,)))
+    return replace(
+        config_of(row, batch_size=GLOBAL * accumulate, accumulate=accumulate),
+        objective=replace(row.objective, ratio=0.6),
+        data=data,
+        views=view,
+    )
+
+
+@functools.cache
+def compiled(accumulate: int, *shape: int):
+    config, mesh = pictures(accumulate), mesh_of(*shape)
+    with jax.set_mesh(mesh):
+        given = train.abstract_state(config, mesh), train.abstract_batch(config, mesh)
+        return train.jitted_step(config, mesh).lower(*given).compile()
+
+
+def whole(text: str, examples: int) -> set[str]:
+    """Arrays of a compiled program with `examples` as their leading, or leading but one, axis."""
+    return set(re.findall(rf"\b[a-z]+\d*\[(?:\d+,)?{examples}(?:,\d+)*\]", text))
+
+
+@pytest.mark.parametrize("shape, accumulate", [((1, 8, 1), 1), ((2, 2, 2), 1), ((1, 8, 1), 3)])
+def test_no_array_of_the_step_holds_the_whole_batch(shape, accumulate):
+    """XLA keeps every activation cut over the batch: what a device computes is its share."""
+    text = compiled(accumulate, *shape).as_text()
+    assert whole(text, GLOBAL // (shape[0] * shape[1]))  # a device's share is there, as it reads
+    assert whole(text, GLOBAL) | whole(text, GLOBAL * accumulate) == set()
+
+
+def test_memory_falls_with_the_devices():
+    one, eight = (compiled(1, 1, n, 1).memory_analysis() for n in (1, 8))
+    assert eight.temp_size_in_bytes < one.temp_size_in_bytes / 3
+    assert eight.argument_size_in_bytes < one.argument_size_in_bytes / 3
+    # Donated: what comes out lies where what went in did, but for the metrics.
+    assert eight.output_size_in_bytes - eight.alias_size_in_bytes < 1024
+
+
+def test_the_step_keeps_the_shardings_of_the_state():
+    program, mesh = compiled(1, *ALL), mesh_of(*ALL)
+    (given, batch), _ = program.input_shardings
+    made, metrics = program.output_shardings
+    state = train.abstract_state(pictures(1), mesh)
+    for x, before, after in zip(*map(jax.tree.leaves, (state, given, made)), strict=True):
+        assert before.is_equivalent_to(x.sharding, x.ndim)
+        assert after.is_equivalent_to(x.sharding, x.ndim)
+    assert all(s.is_fully_replicated for s in jax.tree.leaves(metrics))
+    assert batch["image"].is_equivalent_to(batch_sharding(mesh), 4)
+
+
+# ---- the loop ----
+
+
+class Watching:
+    """What `loop` needs of a Watch, noting the order of dispatches and looks."""
+
+    def __init__(self, events):
+        self.events, self.clock, self.checkpoints = events, self, self
+
+    def wait(self, batches):
+        self.events.append("dispatch")
+        return next(batches)
+
+    def see(self, step, metrics, dropped):
+        self.events.append(f"see {step}")
+        jax.device_get(metrics)  # explicit, so the guard allows it
+
+    def save(self, step, state):
+        self.events.append(f"save {step}")
+
+    def evaluate(self, step, state):
+        self.events.append(f"evaluate {step}")
+
+    def newest(self):
+        return 10**9
+
+
+class Quiet:
+    def received(self, step):
+        return 0
+
+
+def test_the_loop_transfers_nothing_by_itself_and_looks_one_step_late():
+    config = replace(pictures(1), steps=5, save_every=3, eval_every=100)
+    mesh, events = mesh_of(1, 8, 1), []
+    with jax.set_mesh(mesh):
+        state = train.fresh_state(config, mesh)
+        try:
+            jax.config.update("jax_transfer_guard", "disallow")  # in the feeding thread as well
+            state = train.loop(config, mesh, 0, state, Watching(events), Quiet())
+        finally:
+            jax.config.update("jax_transfer_guard", "allow")
+    assert int(state.step) == 5
+    d = "dispatch"
+    late = [d, d, "see 1", d, "see 2", "see 3", "save 3", d, d, "see 4", "see 5", "save 5"]
+    assert events == [*late, "evaluate 5"]
+
+
+def test_the_guard_would_have_seen_it():
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match=r"[Dd]isallowed"):
+        jax.jit(lambda x: x + 1)(np.ones(3)).block_until_ready()
+
+
+def test_feed_places_batches_by_the_law_and_ends():
+    config = replace(
+        config_of(ROWS["MAE"]), data=Pipeline(digits("train"), Image(8, channels=1), workers=0)
+    )
+    mesh = mesh_of(*ALL)
+    with config.data.batches(config.seed, BATCH, 2) as expected, jax.set_mesh(mesh):
+        with train.feed(config, mesh, 2) as (batches, dropped):
+            for _ in range(3):
+                x = next(batches)["image"]
+                assert x.sharding.is_equivalent_to(batch_sharding(mesh), 4)
+                assert np.array_equal(x, next(expected)["image"])
+        assert dropped == {}
