@@ -1,10 +1,23 @@
-"""MAE on CIFAR-10 (arXiv:2111.06377; small-image settings after IcarusWizard/MAE).
+"""MAE on CIFAR-10 (arXiv:2111.06377), with a small decoder and patches of 4.
 
     sslx train configs/mae_cifar10.py data='parquet:DIR/train-*.parquet' \\
         test='parquet:DIR/test-*.parquet' --workdir runs/cifar10
 
 or data=tfds:cifar10:train test=tfds:cifar10:test, prepared as array_record. The probes read the
 labels of both splits; pretraining reads none.
+
+Published, another model: ViT-T with patches of 2, 2,000 epochs, fine-tuned 89.8 (IcarusWizard/MAE).
+
+Measured 2026-11-20, two shared cores of an AMD EPYC, no accelerator, jax 0.10.2, JPEG CIFAR-10:
+width=128 depth=6 batch_size=128 epochs=10 rate=2e-3, 39 minutes of training, 215 images/s.
+
+                 k-NN top-1   linear top-1
+    10 epochs       .472          .545
+     5 epochs       .456          .537
+    random init     .339          .447
+    raw pixels      .458          .412
+
+The default, 200 epochs of width 192 and depth 12, has not been run.
 """
 
 from sslx.config import Config
@@ -18,6 +31,8 @@ from sslx.optim import AdamW, scaled
 from sslx.schedules import Cosine, Warmup
 from sslx.views import CIFAR10, mae
 
+TRAIN = 50_000  # images
+
 
 def config(
     data: str = "tfds:cifar10:train",
@@ -30,7 +45,7 @@ def config(
 ) -> Config:
     pipeline = Pipeline(data, Image(32))
     held_out = Pipeline(test, Image(32))
-    per_epoch = 50_000 // batch_size
+    per_epoch = TRAIN // batch_size
     steps, warm = epochs * per_epoch, epochs * per_epoch // 10
     peak = scaled(rate, batch_size)
     return Config(
