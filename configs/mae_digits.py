@@ -2,8 +2,17 @@
 
     sslx train configs/mae_digits.py --workdir runs/digits
 
-1,437 images of 8 x 8 for pretraining, labels for the probes alone; the last 360 test. No paper
-publishes a number for it.
+1,437 images of 8 x 8 for pretraining; their labels, and the last 360 images, are for the probes
+alone. No paper publishes a number for it.
+
+Measured 2026-11-20, two shared cores of an AMD EPYC, no accelerator, jax 0.10.2: 2 min 16 s.
+
+                 k-NN top-1   linear top-1
+    100 epochs      .831          .869
+    random init     .486          .739
+    raw pixels      .956          .886
+
+Raw pixels win here: at 8 x 8 they say where the ink is, which the mean over tokens forgets.
 """
 
 from sslx.config import Config
