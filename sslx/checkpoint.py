@@ -74,8 +74,11 @@ def digest(state: Tree) -> dict[str, int]:
     the bits. So a change within one 32-bit word shows for certain, in both; of other changes one
     in 2**64 is missed (one in 2**32 if it touches highest bits only, where the first is blind).
     """
-    lanes = {path: _lanes(_words(x)) for path, x in _named(state).items()}
-    return {path: int(a) << 32 | int(b) for path, (a, b) in jax.device_get(lanes).items()}
+    digests = {}
+    for path, x in _named(state).items():  # one by one: XLA's fake devices stop dead on 32 at once
+        a, b = jax.device_get(_lanes(_words(x)))
+        digests[path] = int(a) << 32 | int(b)
+    return digests
 
 
 def _words(x: Leaf) -> Array:

@@ -86,10 +86,12 @@ def fail(text: str, code: int) -> int:
 
 
 def train(arguments) -> None:
-    from sslx.config import Recipe, recipe_of
+    from sslx.config import ConfigError, Recipe, recipe_of
 
     path, run = arguments.recipe, arguments.workdir
     if path.is_dir():
+        if run is not None:
+            raise ConfigError(f"{path} is a run and resumes where it is: leave out --workdir.")
         stored = recipe_of(path)
         recipe, run = Recipe(stored.path, (*stored.overrides, *arguments.overrides)), path
     else:
@@ -102,8 +104,7 @@ def train(arguments) -> None:
 
     from sslx import train as engine
 
-    config.data.check()
-    engine.abstract_state(config, config.mesh.build())  # what cannot work fails before it is saved
+    engine.check(config)  # what cannot work fails before it is saved
     if jax.process_index() == 0:
         recipe.save(run)
     engine.train(config, run)
@@ -186,39 +187,72 @@ def probes_of(config, data: list[str] | None, on: str | None):
 
 def export(arguments) -> None:
     start_jax()
+    import json
+
     import jax
     import numpy as np
 
-    from sslx import export as formats
+    from sslx.config import printed
+    from sslx.export import hf, timm
 
-    config, _, step, state = restored(arguments.workdir, arguments.step)
-    params = jax.tree.map(np.asarray, jax.device_get(state.params))
-    write = {"hf": formats.save_hf, "timm": formats.save_timm}[arguments.format]
-    write(config, params, arguments.out, step=step, run=arguments.workdir)
-    print(f"{arguments.out}: step {step} of {arguments.workdir}, format {arguments.format}")
+    run, out = arguments.workdir, arguments.out
+    config, mesh, step, state = restored(run, arguments.step)
+    params, buffers = jax.tree.map(np.asarray, jax.device_get((state.params, state.buffers)))
+    size, statistics = rendering(config, mesh)
+    if arguments.format == "timm":
+        path = out if out.suffix == ".safetensors" else out / "model.safetensors"
+        timm.save(config.objective, params, path, size, buffers)
+    else:
+        scores = run / "evals.json"
+        numbers = json.loads(scores.read_text()).get(f"step {step}", {}) if scores.exists() else {}
+        card = hf.Card(step, printed(config), numbers)
+        hf.save(config.objective, params, out, size, statistics, card, buffers)
+    print(f"{out}: step {step} of {run}, for {arguments.format}")
+
+
+def rendering(config, mesh) -> tuple[tuple[int, int], tuple | None]:
+    """What the eval view makes of a picture: its size, and the (mean, std) of Normalize if any."""
+    import jax
+
+    from sslx.train import abstract_batch, new_key
+    from sslx.views import Chain, Normalize
+
+    view = config.views.eval
+    image = jax.eval_shape(view, new_key(config), abstract_batch(config, mesh))["image"]
+    links = view.links if isinstance(view, Chain) else (view,)
+    found = [(link.mean, link.std) for link in links if isinstance(link, Normalize)]
+    return image.shape[1:3], found[0] if found else None
 
 
 def import_(arguments) -> None:
     start_jax()
     import jax
 
-    from sslx import export as formats
-    from sslx.checkpoint import Checkpoints
-    from sslx.config import Recipe
+    from sslx.checkpoint import CheckpointError, Checkpoints
+    from sslx.config import ConfigError, Recipe
+    from sslx.export import hf
     from sslx.train import abstract_state, fresh_state
 
-    overrides, params = formats.load_hf(arguments.source)
+    run = arguments.workdir
+    if (run / "overrides.json").exists():
+        raise ConfigError(f"{run} is a run already: name a new directory.")
+    fields, params = hf.load(arguments.source)
+    parts = {name: fields.pop(name) for name in ("encoder", "decoder")}
+    shape = {f"{part}.{name}": x for part, of in parts.items() for name, x in of.items()} | fields
+    overrides = [f"objective.{name}={value}" for name, value in shape.items()]
     recipe = Recipe(arguments.recipe, (*arguments.overrides, *overrides))
     config = recipe.load()
     mesh = config.mesh.build()
     with jax.set_mesh(mesh):
         where = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh).params)
         state = fresh_state(config, mesh).replace(params=jax.device_put(params, where))
-    recipe.save(arguments.workdir)
-    checkpoints = Checkpoints(arguments.workdir / "checkpoints", config.keep)
+    recipe.save(run)
+    checkpoints = Checkpoints(run / "checkpoints", config.keep)
     checkpoints.save(0, state)
     checkpoints.close()
-    print(f"{arguments.workdir}: a run at step 0; `sslx train {arguments.workdir}` goes on from it")
+    if not checkpoints.steps():
+        raise CheckpointError(f"{run} could not be written: make room and import again.")
+    print(f"{run}: a run at step 0; `sslx train {run}` goes on from it")
 
 
 def show(arguments) -> None:
@@ -278,10 +312,15 @@ def restored(run: Path, step: int | None):
     config = recipe_of(run).load()
     mesh = config.mesh.build()
     checkpoints = Checkpoints(run / "checkpoints", config.keep)
-    found = checkpoints.restore(abstract_state(config, mesh), step)
-    checkpoints.close()
-    if found is None:
-        raise CheckpointError(f"{run} has no checkpoint yet: train it first.")
+    try:
+        steps = checkpoints.steps()
+        if not steps:
+            raise CheckpointError(f"{run} has no checkpoint yet: train it first.")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{run} has no checkpoint of step {step}, only of {steps}.")
+        found = checkpoints.restore(abstract_state(config, mesh), step)
+    finally:
+        checkpoints.close()
     return config, mesh, *found
 
 

@@ -6,7 +6,6 @@ import difflib
 import importlib.util
 import inspect
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from flax import linen as nn
 
 from sslx.checkpoint import Retention
 from sslx.data.pipeline import Pipeline
+from sslx.log import replace
 from sslx.objectives.base import Objective
 from sslx.optim import Optimizer
 from sslx.sharding import Mesh
@@ -32,6 +32,9 @@ class ConfigError(ValueError):
 @runtime_checkable
 class Eval(Protocol):
     """Numbers and pictures of a state: yields (name, float) or (name, uint8 [H, W, C])."""
+
+    def check(self) -> None:
+        """Raise ValueError now, before any device work, for what cannot be evaluated."""
 
     def __call__(
         self, objective: Objective, params: Params, buffers: Buffers, views: Views, sharding=None
@@ -65,6 +68,14 @@ class Config:
     eval_every: int = how(5000)
 
     def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)}: it counts from 1; is it the result of too few "
+                    f"epochs, or of a batch larger than the data?"
+                )
+        if self.nonfinite not in ("stop", "skip"):
+            raise ConfigError(f"nonfinite={self.nonfinite}: use stop or skip.")
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"batch_size={self.batch_size} does not divide into accumulate="
@@ -206,6 +217,8 @@ class Recipe:
             else:
                 paths[name] = text
         config = module.config(**arguments)
+        if not isinstance(config, Config):
+            raise ConfigError(f"{self.path}: config(...) returned {config!r} and no Config.")
         for name, text in paths.items():
             if "." not in name and name not in dict(_parts(config)):
                 raise unknown(name, {**dials, **dict(_parts(config))}, self.path.name)
@@ -229,11 +242,15 @@ class Recipe:
 
     def save(self, run: Path) -> None:
         """Copy into a run directory; a recipe is never read from where it was after that."""
-        run.mkdir(parents=True, exist_ok=True)
-        if self.path.resolve() != (run / "recipe.py").resolve():
-            shutil.copyfile(self.path, run / "recipe.py")
-        (run / "overrides.json").write_text(json.dumps(self.overrides, indent=1) + "\n")
-        (run / "config.txt").write_text(printed(self.load()))
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            replace(run / "recipe.py", self.path.read_text())
+            replace(run / "overrides.json", json.dumps(self.overrides, indent=1) + "\n")
+            replace(run / "config.txt", printed(self.load()))
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot write to {run} ({error}): choose another --workdir."
+            ) from error
 
 
 def recipe_of(run: Path) -> Recipe:

@@ -1,10 +1,14 @@
 """What a run says: a progress bar, metrics.jsonl, TensorBoard, pictures. Only process 0 speaks."""
 
+import contextlib
+import errno
 import json
 import logging
 import math
+import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -14,6 +18,20 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 Value = float | np.ndarray  # a number, or a uint8 picture [H, W, C]
+
+log = logging.getLogger("sslx")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write the whole file or none of it: a kill or a full disk leaves what was there."""
+    if path.is_file() and path.read_text() == text:
+        return
+    new = path.with_name(path.name + ".new")
+    try:
+        new.write_text(text)
+        new.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a write names no file
 
 
 class Clock:
@@ -43,13 +61,11 @@ class Log:
     """The diary of a run directory; `write(step, values)` is all that training needs of it."""
 
     def __init__(self, run: Path, steps: int, start: int = 0):
-        from tensorboardX import SummaryWriter
-
         self.speaks = jax.process_index() == 0
         self.run, self.steps = run, steps
         self.console = Console(stderr=True, quiet=not self.speaks)
         self.handler = RichHandler(console=self.console, show_path=False, show_time=False)
-        logging.getLogger("sslx").addHandler(self.handler)
+        log.addHandler(self.handler)
         columns = [TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(None)]
         columns += [TextColumn("{task.fields[said]}"), TimeRemainingColumn(compact=True)]
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
@@ -57,15 +73,13 @@ class Log:
         self.bar.start()
         if self.speaks:
             self.truncate(start)
-            self.file = (run / "metrics.jsonl").open("a")
-            self.board = SummaryWriter(str(run), purge_step=start + 1 if start else None)
+        self.board, self.failing = None, False
 
     def truncate(self, start: int) -> None:
         """Forget what was written after the checkpoint that a run resumes from."""
         path = self.run / "metrics.jsonl"
         rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [row for row in rows if row.endswith("}\n")]  # a kill may cut the last line
-        path.write_text("".join(r for r in whole if json.loads(r)["step"] <= start))
+        replace(path, "".join(row for row in rows if -1 < _step(row) <= start))
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Numbers to metrics.jsonl and TensorBoard, pictures to pictures/ and TensorBoard."""
@@ -73,13 +87,24 @@ class Log:
             return
         numbers = {k: float(v) for k, v in values.items() if not isinstance(v, np.ndarray)}
         row = {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
-        self.file.write(json.dumps({"step": step, **row}) + "\n")
-        self.file.flush()
-        for name, value in numbers.items():
-            self.board.add_scalar(name, value, step)
-        for name in values.keys() - numbers.keys():
-            self.board.add_image(name, values[name], step, dataformats="HWC")
-            self.picture(f"{name}-{step:06d}", values[name])
+        with self.forgiving(step, "metrics"):
+            _append(self.run / "metrics.jsonl", json.dumps({"step": step, **row}) + "\n")
+            for name in values.keys() - numbers.keys():
+                self.picture(f"{name}-{step:06d}", values[name])
+            self.board = self.board or Board(self.run, step)
+            self.board.write(step, values)
+
+    @contextlib.contextmanager
+    def forgiving(self, step: int, what: str) -> Iterator[None]:
+        """A full disk costs what is written within, never the run; said at the first loss."""
+        try:
+            yield
+            self.failing = False
+        except OSError as error:
+            if not self.failing:
+                log.error("%s from step %d on are lost (%s); the run goes on", what, step, error)
+            self.failing = True
+            self.stop()  # half a record ends a TensorBoard file
 
     def picture(self, name: str, image: np.ndarray) -> None:
         from PIL import Image
@@ -99,8 +124,60 @@ class Log:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        logging.getLogger("sslx").removeHandler(self.handler)
+        log.removeHandler(self.handler)
         self.bar.stop()
-        if self.speaks:
-            self.file.close()
-            self.board.close()
+        self.stop()
+
+    def stop(self) -> None:
+        """Close the TensorBoard file; the next write begins another."""
+        if self.board:
+            with contextlib.suppress(OSError):
+                self.board.file.close()
+        self.board = None
+
+
+class Board:
+    """A TensorBoard file; from its first step on it replaces what older ones in the run say.
+
+    Written at once: tensorboardX's own SummaryWriter has a thread, which a full disk kills, and
+    then waits for it for ever.
+    """
+
+    def __init__(self, run: Path, step: int):
+        hidden = sys.modules.setdefault("torch", None)  # it would be loaded, if installed: seconds
+        try:
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
+        finally:
+            if hidden is None:
+                del sys.modules["torch"]
+        self.summary, self.event = summary, event_pb2.Event
+        self.file = event_file_writer.EventsWriter(str(run / "events"), f".{step}")
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self.file.write_event(self.event(wall_time=time.time(), step=step, session_log=restart))
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        for name, x in values.items():
+            if isinstance(x, np.ndarray):
+                said = self.summary.image(name, x, dataformats="HWC")
+            else:
+                said = self.summary.scalar(name, x)
+            self.file.write_event(self.event(wall_time=time.time(), step=step, summary=said))
+        self.file.flush()
+
+
+def _append(path: Path, row: str) -> None:
+    """One more line, or none of it."""
+    with path.open("ab", buffering=0) as file:
+        size, data = file.tell(), row.encode()
+        if file.write(data) < len(data):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def _step(row: str) -> int:
+    """The step of a line of metrics.jsonl, -1 if a kill cut it."""
+    try:
+        return json.loads(row)["step"] if row.endswith("\n") else -1
+    except json.JSONDecodeError:
+        return -1

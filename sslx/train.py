@@ -19,15 +19,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sslx.checkpoint import Checkpoints
+from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.config import Config
-from sslx.log import Clock, Log
+from sslx.log import Clock, Log, replace
 from sslx.ops.trees import norm
 from sslx.sharding import batch_sharding, check_batch, shardings
 from sslx.types import Array, Batch, Buffers, Metrics, Params, Tree
 
 # What a step's key is folded with: one stream of random numbers for each use.
 VIEWS, LOSS = 0, 1
+# The metrics that show a step to be sound: a good loss alone does not vouch for the params it left.
+FINITE = ("loss", "grad_norm", "param_norm")
 
 
 @flax.struct.dataclass
@@ -46,11 +48,13 @@ class Diverged(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """A signal ended the run early; what it had reached is saved."""
+    """A signal ended the run early; `saved` is the newest checkpoint, usually of that very step."""
 
-    def __init__(self, signum: int, step: int):
+    def __init__(self, signum: int, step: int, saved: int):
+        there = f"saved at step {step}" if saved == step else f"step {step} could not be saved"
+        start = "there" if saved == step else f"step {saved}"
         name = signal.Signals(signum).name
-        super().__init__(f"{name}: saved at step {step}; the same command goes on from there.")
+        super().__init__(f"{name}: {there}; the same command goes on from {start}.")
         self.code = 128 + signum
 
 
@@ -77,9 +81,10 @@ def train_step(state: TrainState, batch: Batch, *, config: Config) -> tuple[Trai
     buffers = config.objective.update(params, buffers, state.step)
     moved = TrainState(state.step + 1, state.key, params, buffers, opt_state)
     rate = config.optimizer.learning_rate(state.step)
-    metrics = {"loss": loss, "grad_norm": norm(grads), "learning_rate": rate, **metrics}
+    norms = {"grad_norm": norm(grads), "param_norm": norm(params)}
+    metrics = {"loss": loss, **norms, "learning_rate": rate, **metrics}
     if config.nonfinite == "skip":
-        good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+        good = jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])).all()
         still = state.replace(step=state.step + 1)
         moved = jax.tree.map(functools.partial(jnp.where, good), moved, still)
         metrics["skipped"] = 1 - good.astype(jnp.int32)
@@ -113,11 +118,23 @@ def accumulated(
 # ---- on a mesh ----
 
 
+def check(config: Config) -> jax.sharding.Mesh:
+    """Raise now whatever can be known to fail later, from names and shapes alone; the mesh."""
+    mesh = config.mesh.build()
+    config.data.check()
+    for evaluation in config.evals.values():
+        evaluation.check()
+    abstract_state(config, mesh)
+    return mesh
+
+
+@functools.lru_cache(maxsize=8)
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state: no memory, no device work."""
     batch = abstract_batch(config, mesh)
-    with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(functools.partial(init_state, config=config), new_key(config), batch)
+    with jax.set_mesh(mesh):  # the key inside too: the mesh may be of devices that are not there
+        fresh = lambda batch: init_state(new_key(config), batch, config=config)  # noqa: E731
+        boxed = jax.eval_shape(fresh, batch)
     where = shardings(boxed, mesh)
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
     return jax.tree.map(place, unbox(boxed), where)
@@ -201,12 +218,12 @@ def _raise(error: BaseException):
 def train(config: Config, run: Path) -> TrainState:
     """Train to `config.steps` in the directory `run`, from its newest good checkpoint if any.
 
-    Raises Interrupted after SIGTERM or Ctrl-C, with everything saved, and Diverged when the loss
-    is no longer finite, with the newest checkpoint from before.
+    Raises Interrupted after SIGTERM or Ctrl-C, with everything saved, Diverged when the loss is no
+    longer finite, with the newest checkpoint from before, and CheckpointError when the last step
+    could not be saved.
     """
     run.mkdir(parents=True, exist_ok=True)
-    mesh = config.mesh.build()
-    config.data.check()
+    mesh = check(config)
     checkpoints = Checkpoints(run / "checkpoints", config.keep)
     try:
         with jax.set_mesh(mesh), Signals() as signals:
@@ -214,8 +231,10 @@ def train(config: Config, run: Path) -> TrainState:
             log = Log(run, config.steps, start)
             try:
                 watch = Watch(config, mesh, run, log, checkpoints)
-                if state is None or not watch.scores:
-                    state = watch.baseline(state)
+                state = watch.begin(start, state)
+                if start >= config.steps:
+                    log.say(f"{run} is complete: {start} of {config.steps} steps.")
+                    return state
                 return loop(config, mesh, start, state, watch, signals)
             finally:
                 checkpoints.wait()
@@ -243,8 +262,12 @@ def loop(config, mesh, start: int, state: TrainState, watch: "Watch", signals: "
             if not stop and (last or step % config.eval_every == 0):
                 watch.evaluate(step, state)
             if stop:
-                watch.checkpoints.wait()
-                raise Interrupted(stop, step)
+                raise Interrupted(stop, step, watch.newest())
+    if (newest := watch.newest()) < config.steps:
+        raise CheckpointError(
+            f"The last step could not be saved, nothing after step {newest} is kept: make room, "
+            f"and the same command goes on from there."
+        )
     return state
 
 
@@ -261,7 +284,7 @@ class Watch:
         """One step's metrics, fetched here, while the next step is already under way."""
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
         self.skipped += int(values.pop("skipped", 0))
-        finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
+        finite = all(np.isfinite(values[name]) for name in FINITE)
         if not finite and self.config.nonfinite == "stop":
             raise Diverged(self.diagnosis(step, values))
         self.since += 1
@@ -277,13 +300,18 @@ class Watch:
         self.log.progress(step, "  ".join(said), line=True)
 
     def diagnosis(self, step: int, values: dict[str, float]) -> str:
-        self.checkpoints.wait()
-        good = [s for s in self.checkpoints.steps() if s < step]
-        kept = f"the newest checkpoint from before is step {good[-1]}" if good else "nothing saved"
+        good = self.newest(step)
+        kept = f"the newest checkpoint from before is step {good}" if good else "nothing saved"
+        said = ", ".join(f"{name} {values[name]:.4g}" for name in FINITE)
         return (
-            f"Step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; {kept}. "
+            f"Step {step}: {said}; {kept}. "
             f"Lower the learning rate or clip gradients, or drop such steps: nonfinite=skip."
         )
+
+    def newest(self, before: int | None = None) -> int:
+        """The newest checkpoint, once all is written, or the newest before a step; 0 for none."""
+        self.checkpoints.wait()
+        return max((s for s in self.checkpoints.steps() if before is None or s < before), default=0)
 
     def evaluate(self, step: int, state: TrainState, name: str = "") -> None:
         """Run every eval, write its numbers and pictures, say them beside random init's."""
@@ -296,18 +324,29 @@ class Watch:
         base = self.scores.get("random init", {})
         self.scores[name or f"step {step}"] = scores
         if self.log.speaks:
-            self.path.write_text(json.dumps(self.scores, indent=1) + "\n")
+            with self.log.forgiving(step, self.path.name):
+                replace(self.path, json.dumps(self.scores, indent=1) + "\n")
         said = [
             f"{k} {v:.4g}" + (f" ({base[k]:.4g})" if k in base else "") for k, v in scores.items()
         ]
         self.log.say(f"step {step}{' (random init)' * bool(base)}:  " + "  ".join(said))
         self.clock.read(0)
 
-    def baseline(self, state: TrainState | None) -> TrainState:
-        """Evaluate random init once in a run's life; a new run goes on from that very state."""
-        fresh = fresh_state(self.config, self.mesh)
-        self.evaluate(0, fresh, "random init")
-        return fresh if state is None else state
+    def begin(self, start: int, state: TrainState | None) -> TrainState:
+        """The state to go on from, after the evaluations that are missing: random init, once in a
+        run's life, and the step resumed from, if a stop came between its save and its evaluation.
+        """
+        config, names = self.config, ("random init", f"step {start}")
+        missing = np.asarray([bool(config.evals) and name not in self.scores for name in names])
+        if jax.process_count() > 1:  # a shared disk may show its files unequal
+            missing = multihost_utils.broadcast_one_to_all(missing)
+        if state is None or missing[0]:
+            fresh = fresh_state(config, self.mesh)
+            self.evaluate(0, fresh, "random init")
+            state, missing[1] = (fresh, False) if state is None else (state, missing[1])
+        if missing[1] and (start % config.eval_every == 0 or start >= config.steps):
+            self.evaluate(start, state)
+        return state
 
 
 def evaluate(config: Config, mesh: jax.sharding.Mesh, state: TrainState) -> dict:

@@ -258,6 +258,10 @@ class Set:
     n: int
     seed: int = 0
     labels: str = "all"
+    labelled = True
+
+    def check(self):
+        pass
 
     def epoch(self, batch_size, host=0, hosts=1):
         rng = np.random.default_rng(self.seed)

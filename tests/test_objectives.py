@@ -202,6 +202,21 @@ def test_10_reordering_changes_the_loss_as_the_paper_says(name, what):
 # ---- the step around an objective ----
 
 
+def test_the_step_as_the_page_says_it():
+    """Gradient descent by hand; then the target moves once, towards the params that moved."""
+    row = ROWS["Follow"]
+    before, after, said = one_step("Follow", 1, 1, 1)
+    slope = jax.grad(lambda w: row.objective.loss({"w": w}, before.buffers, row.batch(0), 0, 0)[0])
+    grad = slope(before.params["w"])
+    assert worst(after.opt_state, {"w": grad}) < 1e-5
+    assert worst(after.params, {"w": before.params["w"] - 0.1 * grad}) < 1e-6
+    target = 0.9 * before.buffers["target"]["w"] + 0.1 * np.asarray(after.params["w"])
+    assert worst(after.buffers["target"], {"w": target}) < 1e-6
+    assert int(after.step) == 1 and int(after.buffers["seen"]) == BATCH
+    assert relative(said["grad_norm"], np.linalg.norm(grad)) < 1e-5
+    assert relative(said["learning_rate"], 0.1) < 1e-6
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulated_step_is_that_of_the_whole_batch(parts):
     """Where no example knows of the others: the same loss, gradient and metrics' mean."""

@@ -7,9 +7,12 @@ records are shuffled, mixed and batched; one map at the end reads a whole batch 
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 import weakref
 from bisect import bisect_right
 from collections import Counter
@@ -74,7 +77,8 @@ class Pipeline:
         return all("label" in source[0] for source, _ in self.mixture)
 
     def check(self) -> None:
-        """Raise DataError now for what can be known to fail later."""
+        """Raise DataError now for what can be known to fail later: opens every source."""
+        _ = self.mixture
         if self.labels and not self.labelled:
             raise DataError(f"{self.source} has records without a label: use labels=False")
 
@@ -240,7 +244,7 @@ class Batches(Iterator[Batch]):
     def __next__(self) -> Batch:
         if not self.close.alive:
             raise DataError("these batches were closed; ask the pipeline for new ones")
-        with contextlib.nullcontext() if self.started else without_main():
+        with contextlib.nullcontext() if self.started else spawning():
             batch = next(self.elements[0])
         self.started = True
         for (k, name), reason in batch.pop("dropped"):
@@ -326,11 +330,19 @@ def cores() -> int:
 
 
 def off_device(worker: int, workers: int) -> None:
-    """In a worker: should anything start jax there, it must not take the accelerator."""
+    """In a worker: it ends with its parent, and should anything start jax there, it must not take
+    the accelerator."""
     del worker, workers
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:  # Grain has imported it, and with it read the environment
         sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+def end_with_parent() -> None:
+    """A parent killed outright tells nobody."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def mark_flags_parsed() -> None:
@@ -339,6 +351,18 @@ def mark_flags_parsed() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+@contextlib.contextmanager
+def spawning():
+    """Workers started within never hear Ctrl-C and SIGTERM, which go to all processes of a terminal
+    or job: when they end is for the run to say, once it has saved what it reached."""
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        with without_main():
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
 
 @contextlib.contextmanager

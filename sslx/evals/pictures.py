@@ -30,6 +30,9 @@ class Reconstructions:
     std: tuple[float, ...]
     count: int = 8
 
+    def check(self) -> None:
+        self.data.check()
+
     def __call__(
         self, objective: Any, params: Params, buffers: Buffers, views: Any, sharding=None
     ) -> Iterator[tuple[str, np.ndarray]]:

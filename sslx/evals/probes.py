@@ -25,7 +25,13 @@ Probe = Callable[[Features, Features, Pairs], Iterator[tuple[str, float]]]
 
 @runtime_checkable
 class Labelled(Protocol):
-    """What a probe reads: every labelled example once, in batches of one shape; closable."""
+    """What a probe reads: every labelled example once, in batches of one shape; closable.
+
+    And `labelled`, whether records have labels: no member here, for isinstance would read it, and
+    so open the files, when a recipe is built.
+    """
+
+    def check(self) -> None: ...
 
     def epoch(self, batch_size: int, host: int = 0, hosts: int = 1) -> Iterator[dict]: ...
 
@@ -44,6 +50,16 @@ class Probes:
     pool: Pool = "mean"
     batch_size: int = 256
     pairs: int = 2048
+
+    def check(self) -> None:
+        """Raise ValueError now if a set cannot be opened or has no labels."""
+        for data in (self.train, self.test):
+            data.check()
+            if not data.labelled:
+                raise ValueError(
+                    f"Probes read labels, but {data.source} has none: name a source with labels "
+                    f"(class folders, a `label` column) as their train and test."
+                )
 
     def __call__(
         self, objective: Any, params: Params, buffers: Buffers, views: Any, sharding=None

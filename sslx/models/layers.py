@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -14,6 +15,9 @@ from sslx.types import Array
 
 Init = Callable[..., Array]
 xavier = nn.initializers.xavier_uniform()
+
+# Attention scores that a CPU has in its cache at a time: 2 MB of float32.
+CACHED = 2**19
 
 
 class Dense(nn.Module):
@@ -42,7 +46,9 @@ class Dense(nn.Module):
 
         named = nn.with_logical_partitioning
         kernel = self.param("kernel", named(flat, self.axes), (*inputs, *features), jnp.float32)
-        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contract)
+        kernel = kernel.astype(self.dtype)  # then made whole along fsdp: left to itself, XLA sends
+        kernel = constrain(kernel, *(None if a == "embed" else a for a in self.axes))  # slices round
+        y = jnp.tensordot(x.astype(self.dtype), kernel, axes=self.contract)
         if not self.use_bias:
             return y
         outputs = self.axes[self.contract :]
@@ -80,8 +86,41 @@ class Attention(nn.Module):
         shape = (3, self.heads, width // self.heads)
         qkv = Dense(shape, ("embed", None, "heads", None), dtype=self.dtype, name="qkv")(x)
         qkv = constrain(qkv, "batch", None, None, "heads", None)  # [B, N, 3, heads, D / heads]
-        out = jax.nn.dot_product_attention(*(qkv[:, :, i] for i in range(3)))
+        out = checkpoint_name(cached(qkv) if on_one_cpu() else fused(qkv), "attention")
         return Dense(width, ("heads", None, "embed"), contract=2, dtype=self.dtype, name="out")(out)
+
+
+def fused(qkv: Float[Array, "B N 3 heads d"]) -> Float[Array, "B N heads d"]:
+    """Softmax attention, left to XLA and its libraries."""
+    return jax.nn.dot_product_attention(*(qkv[:, :, i] for i in range(3)))
+
+
+def cached(qkv: Float[Array, "B N 3 heads d"]) -> Float[Array, "B N heads d"]:
+    """Softmax attention of a few examples at a time, recomputed in the backward pass.
+
+    The scores of a whole batch go through memory many times, those of a few examples stay in the
+    CPU's cache.
+    """
+    examples, tokens, _, heads, width = qkv.shape
+
+    def attend(qkv):
+        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2)).reshape(3, -1, tokens, width)
+        scores = jnp.einsum("hqd,hkd->hqk", q * width**-0.5, k)  # h: every head of every example
+        share = jax.nn.softmax(scores.astype(jnp.float32)).astype(v.dtype)
+        out = jnp.einsum("hqk,hkd->hqd", share, v)
+        return out.reshape(-1, heads, tokens, width).swapaxes(1, 2)
+
+    most = max(1, CACHED // (heads * tokens**2))
+    few = max(n for n in range(1, most + 1) if examples % n == 0)
+    parts = qkv.reshape(-1, few, *qkv.shape[1:])
+    return jax.lax.map(jax.checkpoint(attend), parts).reshape(examples, tokens, heads, width)
+
+
+def on_one_cpu() -> bool:
+    """Whether what is traced now will run on a single CPU device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    return mesh.size <= 1 and (device.platform if device else jax.default_backend()) == "cpu"
 
 
 class MLP(nn.Module):
@@ -93,7 +132,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         width = x.shape[-1]
-        hidden = int(width * self.ratio)
+        hidden = round(width * self.ratio)
         x = Dense(hidden, ("embed", "mlp"), dtype=self.dtype, name="up")(x)
         x = jax.nn.gelu(constrain(x, "batch", None, "mlp"), approximate=False)
         return Dense(width, ("mlp", "embed"), dtype=self.dtype, name="down")(x)

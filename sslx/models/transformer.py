@@ -15,10 +15,13 @@ from sslx.types import Array
 
 Remat = Literal["none", "dots", "full"]
 
-# What the backward pass finds stored: everything, results of matrix products, block inputs.
+# What the backward pass finds stored: all that it asks for; what matrix products gave, so that only
+# element-wise work and attention's scores are done again; the input of each block.
 POLICIES: dict[str, Callable[..., bool]] = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention"),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -47,18 +50,18 @@ class Transformer(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     dtype: DTypeLike = jnp.float32
-    remat: Remat = "none"
-    unroll: int = 1
+    remat: Remat = "dots"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        block = nn.remat(Block, policy=POLICIES[self.remat], prevent_cse=False)
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=POLICIES[self.remat], prevent_cse=False)
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.depth,
-            unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, _ = stack(self.heads, self.mlp_ratio, self.dtype, name="blocks")(x)

@@ -37,7 +37,7 @@ class ViT(nn.Module):
     patch: int
     mlp_ratio: float = 4.0
     dtype: DTypeLike = jnp.float32
-    remat: Remat = "none"
+    remat: Remat = "dots"
     prefix: ClassVar[int] = 1  # tokens in front of the patches
 
     @nn.compact

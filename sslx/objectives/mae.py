@@ -31,7 +31,7 @@ class Decoder(nn.Module):
     heads: int = 16
     mlp_ratio: float = 4.0
     dtype: DTypeLike = jnp.float32
-    remat: Remat = "none"
+    remat: Remat = "dots"
 
     @nn.compact
     def __call__(

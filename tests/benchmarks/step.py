@@ -1,0 +1,275 @@
+"""One training step, sslx beside a peer: seconds, images per second, ratio.
+
+    python tests/benchmarks/step.py [mae] [--variant S] [--batch 32] [--dtype float32]
+        [--device cpu|gpu] [--rounds 5] [--contenders sslx,eager,compiled]
+
+Each contender lives in a process of its own. Rounds alternate: in each, every contender in turn
+takes `--steps` steps while the others sleep. Medians over rounds; ratio is the peer's time by
+ours, so above 1 sslx is the faster. FLOPs are those of matrix products, three times the forward
+pass; their share of peak is printed where the device's peak is known.
+
+A row is an entry of ROWS: contenders by name, each a function of the arguments that returns
+`step()`, which runs one whole step and waits for it, and the FLOPs of a step or None.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+# bf16 TFLOP/s of matrix products, by what jax calls the device
+PEAK = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+
+
+# ---- MAE ----
+
+
+def sslx_mae(args):
+    """The step on float images at their final size: what the peers do."""
+    from sslx.views import Chain, Views
+
+    return sslx_step(args, mae_of(args), Ready(args.size), Views(Chain(()), Chain(())))
+
+
+def sslx_mae_views(args):
+    """The real step: random resized crops of uint8 canvases, flipped and normalized, inside."""
+    from sslx import views
+    from sslx.data.image import Image
+
+    return sslx_step(args, mae_of(args), Image(256), views.mae(args.size))
+
+
+def mae_of(args):
+    import jax.numpy as jnp
+
+    from sslx.models.vit import vit
+    from sslx.objectives.mae import MAE, Decoder
+
+    fields = {"dtype": getattr(jnp, args.dtype), "remat": args.remat}
+    return MAE(vit(args.variant, args.patch, **fields), Decoder(*sizes(args.decoder), **fields))
+
+
+def sizes(text):
+    """Width, depth, heads."""
+    return tuple(map(int, text.split("x")))
+
+
+def sslx_step(args, objective, decode, views):
+    import functools
+
+    import jax
+    import numpy as np
+
+    from sslx.config import Config
+    from sslx.data.pipeline import Pipeline
+    from sslx.ops.flops import flops
+    from sslx.optim import AdamW
+    from sslx.schedules import Constant
+    from sslx.sharding import batch_sharding
+    from sslx.train import fresh_state, jitted_step, new_key
+
+    config = Config(
+        objective=objective,
+        data=Pipeline("never opened", decode),
+        views=views,
+        optimizer=AdamW(Constant(1.5e-4), b2=0.95, weight_decay=0.05),
+        steps=1,
+        batch_size=args.batch,
+    )
+    mesh = config.mesh.build()
+    rng = np.random.default_rng(0)
+    batch = {}
+    for name, (shape, dtype) in config.data.shapes(args.batch).items():
+        random = np.full if name == "extent" else rng.integers  # crops of whole canvases
+        given = (shape, decode.size) if name == "extent" else (0, 256, shape)
+        batch[name] = jax.device_put(random(*given).astype(dtype), batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        state = fresh_state(config, mesh)
+        work = jitted_step(config, mesh)
+        loss = functools.partial(objective.loss, key=new_key(config), step=0)
+        seen = jax.eval_shape(views.train, new_key(config), batch)
+        forward = flops(loss, state.params, state.buffers, seen)
+
+    def step():
+        nonlocal state
+        with jax.set_mesh(mesh):
+            state, metrics = work(state, batch)
+        return float(metrics["loss"])
+
+    return step, 3 * forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """Images that need no views: a decoder for `Pipeline` that only says shapes."""
+
+    size: int
+
+    @property
+    def shapes(self):
+        return {"image": ((self.size, self.size, 3), "float32")}
+
+
+def torch_mae(args, compiled=False):
+    import torch
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    from sslx.models.vit import VARIANTS
+
+    width, depth, heads = VARIANTS[args.variant]
+    decoder_width, decoder_depth, decoder_heads = sizes(args.decoder)
+    device = {"gpu": "cuda", "cpu": "cpu"}[args.device]
+    config = ViTMAEConfig(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        image_size=args.size,
+        patch_size=args.patch,
+        decoder_hidden_size=decoder_width,
+        decoder_num_hidden_layers=decoder_depth,
+        decoder_num_attention_heads=decoder_heads,
+        decoder_intermediate_size=4 * decoder_width,
+        norm_pix_loss=True,
+        attn_implementation="sdpa",
+    )
+    model = ViTMAEForPreTraining(config).to(device).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
+    image = torch.randn(args.batch, 3, args.size, args.size, device=device)
+    forward = torch.compile(model) if compiled else model
+    half = args.dtype == "bfloat16"
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
+            loss = forward(pixel_values=image).loss
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step, None
+
+
+def torch_mae_compiled(args):
+    return torch_mae(args, compiled=True)
+
+
+ROWS = {
+    "mae": {
+        "sslx": sslx_mae,
+        "sslx+views": sslx_mae_views,
+        "eager": torch_mae,
+        "compiled": torch_mae_compiled,
+    },
+}
+
+
+# ---- contenders, each in its process ----
+
+
+def contend(args):
+    """Build and warm up, say so, then take steps for every line that arrives."""
+    if args.contender.startswith("sslx"):
+        os.environ.setdefault("JAX_PLATFORMS", {"cpu": "cpu", "gpu": "cuda"}[args.device])
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    start = time.perf_counter()
+    step, flops = ROWS[args.row][args.contender](args)
+    losses = [step() for _ in range(2)]
+    warm = time.perf_counter() - start
+    say({"flops": flops, "losses": losses, "warm": warm, "device": name_of_device(args)})
+    for _ in sys.stdin:
+        start, cpu = time.perf_counter(), time.process_time()
+        for _ in range(args.steps):
+            step()
+        wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+        say({"wall": wall / args.steps, "cpu": cpu / args.steps})
+
+
+def name_of_device(args):
+    if args.contender.startswith("sslx"):
+        import jax
+
+        return jax.devices()[0].device_kind
+    import torch
+
+    return torch.cuda.get_device_name() if args.device == "gpu" else "cpu"
+
+
+def say(value):
+    print(json.dumps(value), flush=True)
+
+
+def hear(process):
+    for line in process.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    raise SystemExit(f"{process.args[-1]} ended early; run it alone to see why")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("row", nargs="?", default="mae", choices=ROWS)
+    parser.add_argument("--variant", default="S")
+    parser.add_argument("--patch", type=int, default=16)
+    parser.add_argument("--decoder", default="512x8x16", help="width x depth x heads")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--remat", default="dots")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="of one contender in a round")
+    parser.add_argument("--contenders", help="some of the row's, by commas")
+    parser.add_argument("--contender", help="run as this one, told over standard input")
+    args = parser.parse_args()
+    if args.contender:
+        return contend(args)
+    names = args.contenders.split(",") if args.contenders else list(ROWS[args.row])
+    processes, facts = {}, {}
+    for name in names:
+        command = [sys.executable, __file__, *sys.argv[1:], "--contender", name]
+        pipe = subprocess.PIPE
+        processes[name] = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        facts[name] = hear(processes[name])
+    times = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name, process in processes.items():
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            times[name].append(hear(process))
+    for process in processes.values():
+        process.stdin.close()
+        process.wait()
+    report(args, facts, times)
+
+
+def report(args, facts, times):
+    flops = next((f["flops"] for f in facts.values() if f["flops"]), None)
+    device = next(iter(facts.values()))["device"]
+    peak = next((tera for kind, tera in PEAK.items() if kind in device), None)
+    peak = peak if args.dtype == "bfloat16" else None
+    print(f"{args.row} {args.variant}/{args.patch} {args.size} px, batch {args.batch},", end=" ")
+    print(f"{args.dtype}, {device}, {args.rounds} rounds of {args.steps} steps", end="")
+    print(f", {flops / 1e9:,.0f} GFLOP a step" if flops else "")
+    columns = ("", "s/step", "cpu s", "images/s", "TFLOP/s", "of peak", "peer/sslx", "warm-up s")
+    print(("{:12}" + "{:>10}" * 7).format(*columns))
+    for name, rounds in times.items():
+        wall, cpu = (statistics.median(r[key] for r in rounds) for key in ("wall", "cpu"))
+        ours = times.get("sslx", rounds)  # round by round: what slows one slows its neighbor
+        ratio = statistics.median(p["wall"] / o["wall"] for p, o in zip(rounds, ours, strict=True))
+        speed = flops / wall / 1e12 if flops else 0
+        share = f"{speed / peak:.0%}" if peak else "-"
+        print(
+            f"{name:12}{wall:10.4f}{cpu:10.3f}{args.batch / wall:10.1f}{speed:10.3f}{share:>10}"
+            f"{ratio:10.2f}{facts[name]['warm']:10.1f}   {[round(r['wall'], 4) for r in rounds]}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Each command of `sslx`, as a user types it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from commands import REPO, TINY, rows
+
+from sslx.checkpoint import Checkpoints, digest, load
+from sslx.cli import main
+
+
+def sslx(*args) -> int:
+    return main([*map(str, args)])
+
+
+def steps(path):
+    return Checkpoints(path / "checkpoints").steps()
+
+
+def said(capfd) -> str:
+    out, err = capfd.readouterr()
+    return " ".join((out + err).split())
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """A run with probes, in the directory that `sslx train` takes by default."""
+    path = tmp_path_factory.mktemp("probed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        assert sslx("train", TINY, "probes=1", "--traceback", "steps=20") == 0
+    return path / "runs" / "tiny"
+
+
+# ---- train ----
+
+
+def test_a_run_directory_holds_all_that_a_run_is(probed):
+    names = {path.name for path in probed.iterdir()}
+    assert names >= {"recipe.py", "overrides.json", "config.txt", "metrics.jsonl", "evals.json"}
+    assert json.loads((probed / "overrides.json").read_text()) == ["probes=1", "steps=20"]
+    assert "\nobjective.encoder.width = 16\n" in (probed / "config.txt").read_text()
+    scores = json.loads((probed / "evals.json").read_text())
+    assert list(scores) == ["random init", "step 20"]
+    assert scores["random init"].keys() == scores["step 20"].keys() > {"knn/top1"}
+    trained = [row for row in rows(probed) if "loss" in row]
+    assert [row["step"] for row in trained] == [1, 5, 10, 15, 20]
+    assert all(0 <= row["data/waited"] <= 1 < row["examples_per_s"] for row in trained)
+
+
+def test_tensorboard_reads_what_was_written(probed):
+    events = [event for file in probed.glob("events.*") for event in read_events(file)]
+    assert [e.step for e in events if e.HasField("session_log")] == [0]
+    of_loss = [(e.step, v) for e in events for v in e.summary.value if v.tag == "loss"]
+    trained = [(row["step"], row["loss"]) for row in rows(probed) if "loss" in row]
+    assert [(step, np.float32(v.simple_value)) for step, v in of_loss] == [
+        (step, np.float32(loss)) for step, loss in trained
+    ]
+
+
+def read_events(path):
+    """The records of a TensorBoard file: length, its checksum, data, its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data = path.read_bytes()
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        yield Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
+
+
+def test_a_finished_run_is_complete_and_stays_as_it_is(eight, tmp_path, capfd):
+    run = shutil.copytree(eight, tmp_path / "run")
+    assert sslx("train", TINY, "--workdir", run) == 0
+    assert f"{run} is complete: 40 of 40 steps." in said(capfd)
+    assert rows(run) == rows(eight) and steps(run) == [20, 40]
+
+
+def test_changes_are_refused_until_accepted(eight, tmp_path, capfd):
+    run = shutil.copytree(eight, tmp_path / "run")
+    assert sslx("train", run, "steps=45", "optimizer.b2=0.9") == 1
+    text = capfd.readouterr().err
+    assert "  - steps = 40\n  + steps = 45\n" in text and "+ optimizer.b2 = 0.9" in text
+    assert len(re.findall("^  [-+]", text, re.MULTILINE)) == 4
+    assert steps(run) == [20, 40] and json.loads((run / "overrides.json").read_text()) == []
+    assert sslx("train", run, "steps=45", "--accept-changes") == 0
+    assert steps(run) == [20, 40, 45] and rows(run)[-1]["step"] == 45
+    assert json.loads((run / "overrides.json").read_text()) == ["steps=45"]
+    assert sslx("train", run) == 0
+    assert f"{run} is complete: 45 of 45 steps." in said(capfd)
+
+
+def test_how_a_run_is_executed_may_change(eight, tmp_path):
+    run = shutil.copytree(eight, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "40")
+    how = ("mesh.tensor=2", "log_every=4", "save_every=10", "data.workers=0", "probes=1")
+    assert sslx("train", TINY, "--workdir", run, *how, "keep.last=5") == 0
+    assert steps(run) == [20, 30, 40]
+    trained = [row["step"] for row in rows(run) if "loss" in row]
+    assert trained == [1, 5, 10, 15, 20, 24, 28, 32, 36, 40]
+    scores = json.loads((run / "evals.json").read_text())
+    assert list(scores) == ["random init", "step 20", "step 40"]
+
+
+# ---- eval ----
+
+
+def test_eval_is_a_table_of_trained_random_and_pixels(probed, tmp_path, capfd):
+    run = shutil.copytree(probed, tmp_path / "run")
+    before = json.loads((run / "evals.json").read_text())
+    assert sslx("eval", run) == 0
+    table = capfd.readouterr().out
+    for word in ("step 20", "random init", "pixels", "knn/top1", "health/rankme"):
+        assert word in table
+    scores = json.loads((run / "evals.json").read_text())
+    assert list(scores) == ["random init", "step 20", "pixels"]
+    for name in before:
+        assert scores[name] == pytest.approx(before[name], rel=1e-5)
+    assert scores["pixels"]["knn/top1"] > 0.9
+    line = re.sub(r"[^\w./]+", " ", next(x for x in table.splitlines() if "knn/top1" in x)).split()
+    want = [f"{scores[n]['knn/top1']:.4g}" for n in ("step 20", "random init", "pixels")]
+    assert line == ["knn/top1", *want]
+
+
+def test_eval_on_other_data_with_one_probe_at_a_step(eight, tmp_path, capfd):
+    run = shutil.copytree(eight, tmp_path / "run")
+    sets = ("digits:test", "digits:train")
+    assert sslx("eval", run, "--data", *sets, "--on", "knn", "--step", 20) == 0
+    assert "knn/top1" in said(capfd)
+    (run / "evals.json").write_text(
+        json.dumps(json.loads((run / "evals.json").read_text()) | {"step 40": {"knn/top1": 1.0}})
+    )
+    assert sslx("eval", run, "--data", *sets, "--on", "knn,health", "--step", 20) == 0
+    scores = json.loads((run / "evals.json").read_text())
+    where = " on digits:test digits:train"
+    assert set(scores) == {f"step 20{where}", f"random init{where}", f"pixels{where}", "step 40"}
+    assert scores[f"step 20{where}"].keys() > {"knn/top1", "health/rankme"}
+    assert "linear/top1" not in scores[f"step 20{where}"]
+
+
+# ---- show ----
+
+
+def test_show_counts_flops_of_mae(capfd):
+    assert sslx("show", TINY, "data=digits:") == 0
+    text = said(capfd)
+    assert "objective.encoder.width = 16" in text and "mesh.fsdp = -1" in text
+    D, F, N, K = 16, 4, 16, 4  # width, values of a patch, patches, kept ones
+
+    def block(n):  # qkv and projection, two layers of the MLP, scores and their use
+        return 2 * n * (4 * D * D + 2 * 4 * D * D) + 2 * 2 * n * n * D
+
+    encoder = 2 * K * F * D + block(K + 1)
+    decoder = 2 * (K + 1) * D * D + block(N + 1) + 2 * (N - K) * D * F
+    want = 3 * (encoder + decoder) - 2 * K * F * D  # no gradient of the pixels
+    crop = float(re.search(r"FLOPs per example, a whole step: (\S+) G", text)[1]) * 1e9 - want
+    assert 0 <= crop <= 0.5e7, (crop, want)
+
+
+def test_show_needs_no_data(capfd):
+    recipe = REPO / "configs" / "mae_vit_imagenet.py"
+    assert sslx("show", recipe, "variant=B") == 0
+    text = said(capfd)
+    assert "data.source = 'tfds:imagenet2012:train'" in text
+    assert "encoder/transformer" in text and "fsdp" in text
+    assert "params 111,6" in text and "{'replica': 1, 'fsdp': 8, 'tensor': 1}" in text
+    assert 55 < float(re.search(r"a whole step: (\S+) G", text)[1]) < 70
+
+
+# ---- export and import ----
+
+
+def test_what_is_exported_is_imported_and_goes_on(probed, tmp_path, capfd):
+    out, run = tmp_path / "out", tmp_path / "run"
+    assert sslx("export", probed, out) == 0
+    assert f"{out}: step 20 of {probed}, for hf" in said(capfd)
+    config = json.loads((out / "config.json").read_text())
+    assert config["image_size"] == 8 and config["patch_size"] == 2
+    processor = json.loads((out / "preprocessor_config.json").read_text())
+    assert (processor["image_mean"], processor["image_std"]) == ([0.3], [0.37])
+    card = (out / "README.md").read_text()
+    knn = json.loads((probed / "evals.json").read_text())["step 20"]["knn/top1"]
+    assert "step 20" in card and f"| knn/top1 | {knn:.6g} |" in card and "batch_size = 16" in card
+
+    assert sslx("import", out, run, "--recipe", TINY, "steps=5", "objective.encoder.width=8") == 0
+    trained, imported = load(probed / "checkpoints"), load(run / "checkpoints")
+    assert digest(imported["params"]) == digest(trained["params"]) and imported["step"] == 0
+    assert sslx("import", out, run, "--recipe", TINY) == 1
+    assert f"{run} is a run already" in said(capfd)
+    assert sslx("train", run) == 0
+    assert steps(run) == [0, 5]
+    first = next(row["loss"] for row in rows(run) if "loss" in row)
+    assert first < 0.9 < next(row["loss"] for row in rows(probed) if "loss" in row)
+
+
+def test_export_for_timm(probed, tmp_path):
+    from safetensors.numpy import load_file
+
+    assert sslx("export", probed, tmp_path / "vit.safetensors", "--format", "timm") == 0
+    arrays = load_file(tmp_path / "vit.safetensors")
+    assert arrays["pos_embed"].shape == (1, 17, 16) and "blocks.0.attn.qkv.weight" in arrays
+    assert sslx("export", probed, tmp_path / "out", "--format", "timm") == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+# ---- the command itself ----
+
+
+def test_the_command_starts_fast_and_explains_itself():
+    code = """
+import sys
+from sslx.cli import main
+try:
+    main(["--help"])
+except SystemExit as done:
+    heavy = {"jax", "flax", "numpy", "grain", "orbax", "rich"} & set(sys.modules)
+    sys.exit(done.code or heavy or 0)
+"""
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("train", "eval", "export", "import", "show"):
+        assert f"    {command} " in done.stdout
+    assert "name=value fills an argument" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args", [("train",), ("train", TINY, "--steps", "3"), ("eval", "x", "y=1")]
+)
+def test_unknown_arguments(args, capfd):
+    with pytest.raises(SystemExit) as ended:
+        sslx(*args)
+    assert ended.value.code == 2 and "sslx" in capfd.readouterr().err
+
+
+def test_traceback_on_request(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'steps'"):
+        sslx("train", TINY, "stepz=3", "--workdir", tmp_path, "--traceback")

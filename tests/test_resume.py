@@ -1,0 +1,205 @@
+"""A run that was stopped, killed, damaged or moved ends as the one that nothing happened to."""
+
+import os
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from commands import PATIENCE, TINY, damage, free_port, group, rows, run, start, stop, until
+
+from sslx.checkpoint import Checkpoints, digest, load
+from sslx.cli import main
+
+LOGGED = [1, 5, 10, 15, 20, 25, 30, 35, 40]
+HELD_AFTER = 28  # batches: step 25 is logged, step 40 out of reach
+
+
+def end(path):
+    return digest(load(path / "checkpoints", 40))
+
+
+def steps(path):
+    return Checkpoints(path / "checkpoints").steps()
+
+
+def losses(path):
+    return [(row["step"], row["loss"]) for row in rows(path)]
+
+
+def held(process, path):
+    """Wait until a run has logged step 25 and stands still for want of data."""
+    until(lambda: losses(path)[-1:] and losses(path)[-1][0] == 25 and 20 in steps(path), process)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """40 steps in one go, on one device; torch and TensorFlow stay outside."""
+    path = tmp_path_factory.mktemp("whole")
+    forbidden = '{"torch", "tensorflow"} & set(sys.modules)'
+    code = (
+        f"import sys; from sslx.cli import main; sys.exit(main(sys.argv[1:]) or {forbidden} or 0)"
+    )
+    run("train", TINY, "--workdir", path, code=code)
+    assert steps(path) == [20, 40] and [step for step, _ in losses(path)] == LOGGED
+    return path
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The same, killed between steps 25 and 40."""
+    path = tmp_path_factory.mktemp("killed")
+    process = start("train", TINY, "--workdir", path, HELD_AFTER=HELD_AFTER, HELD=path)
+    try:
+        held(process, path)
+    finally:
+        stop(process)
+    assert steps(path) == [20]
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 26, "lo')  # as if the kill had cut a line
+    return path
+
+
+def assert_close(path, other):
+    mine, theirs = (jax.tree.leaves(load(p / "checkpoints", 40)) for p in (path, other))
+    for x, y in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_and_resumed_is_bitwise_the_run_in_one_go(whole, killed, tmp_path, workers):
+    path = shutil.copytree(killed, tmp_path / "run")
+    run("train", TINY, f"data.workers={workers}", "--workdir", path)
+    assert end(path) == end(whole)
+    assert losses(path) == losses(whole)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", "tensor=2", "replica=4"])
+def test_resumed_on_another_mesh(whole, killed, tmp_path, mesh):
+    path = shutil.copytree(killed, tmp_path / "run")
+    assert main(["train", str(path), f"mesh.{mesh}"]) == 0
+    assert_close(path, whole)
+
+
+def test_eight_devices_reach_what_one_does(whole, eight):
+    assert_close(eight, whole)
+
+
+def test_no_worker_outlives_a_kill(tmp_path):
+    held_at = {"HELD_AFTER": 20, "HELD": tmp_path}
+    process = start("train", TINY, "data.workers=2", "--workdir", tmp_path, **held_at)
+    try:
+        until(lambda: losses(tmp_path), process)
+        assert len(group(process)) >= 3
+        process.kill()
+        process.wait()
+        until(lambda: not group(process), seconds=30)
+    finally:
+        stop(process)
+
+
+# ---- signals ----
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_group_saves_and_ends(whole, tmp_path, signum, workers):
+    path, hold = tmp_path / "run", tmp_path / "hold"
+    hold.touch()
+    args = ("train", TINY, f"data.workers={workers}", "--workdir", path)
+    process = start(*args, HELD_AFTER=HELD_AFTER // (workers or 1), HELD=hold)
+    try:
+        held(process, path)
+        os.killpg(process.pid, signum)
+        hold.unlink()
+        said, _ = process.communicate(timeout=PATIENCE)
+        assert not group(process)
+    finally:
+        stop(process)
+    (*_, last) = steps(path)
+    assert process.returncode == 128 + signum
+    assert 25 < last < 40 and "Traceback" not in said
+    line = f"sslx: {signum.name}: saved at step {last}; the same command goes on from there.\n"
+    assert said.endswith("\n" + line) or said == line
+    run(*args)
+    assert end(path) == end(whole) and losses(path) == losses(whole)
+
+
+# ---- damage ----
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over(eight, tmp_path, how, capfd):
+    path = shutil.copytree(eight, tmp_path / "run")
+    damage(path / "checkpoints" / "40", cut=how == "truncated")
+    assert main(["train", str(path)]) == 0
+    assert "checkpoint skipped: step 40" in " ".join(capfd.readouterr().err.split())
+    assert end(path) == end(eight) and losses(path) == losses(eight)
+
+
+# ---- several processes ----
+
+# Trains, then gathers a few global batches as the devices saw them.
+TWO = """
+import sys
+from sslx.cli import main
+*arguments, batches = sys.argv[1:]
+code = main(arguments)
+if not code:
+    import jax, numpy as np
+    from jax.experimental.multihost_utils import process_allgather
+    from sslx.config import load
+    from sslx.train import feed
+    config = load(arguments[1])
+    with feed(config, config.mesh.build(), 17) as (stream, _):
+        got = [process_allgather(next(stream)["image"], tiled=True) for _ in range(3)]
+    if jax.process_index() == 0:
+        np.save(batches, np.stack(got))
+sys.exit(code)
+"""
+
+
+def two(*args, **env):
+    """The command as two processes of four devices each."""
+    join = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": 2}
+    return [start(*args, devices=4, code=TWO, JAX_PROCESS_ID=i, **join, **env) for i in (0, 1)]
+
+
+def test_two_processes_are_one(eight, tmp_path):
+    path, batches = tmp_path / "run", tmp_path / "batches.npy"
+    both = two("train", TINY, "--workdir", path, batches)
+    try:
+        said = [process.communicate(timeout=PATIENCE)[0] for process in both]
+    finally:
+        stop(*both)
+    assert [process.returncode for process in both] == [0, 0], said
+    assert losses(path) == losses(eight) and said[1] == ""
+    assert end(path) == end(eight)
+    from sslx.config import load as recipe
+
+    config = recipe(TINY)
+    with config.data.batches(config.seed, config.batch_size, 17) as stream:
+        alone = np.stack([next(stream)["image"] for _ in range(3)])
+    assert np.load(batches).tobytes() == alone.tobytes()
+
+
+def test_two_processes_stop_together_and_one_goes_on(eight, tmp_path):
+    path, hold = tmp_path / "run", tmp_path / "hold"
+    hold.touch()
+    both = two("train", TINY, "--workdir", path, "-", HELD_AFTER=HELD_AFTER, HELD=hold)
+    try:
+        held(both[0], path)
+        both[1].send_signal(signal.SIGTERM)  # a notice to one host
+        time.sleep(3)
+        hold.unlink()
+        said = [process.communicate(timeout=PATIENCE)[0] for process in both]
+    finally:
+        stop(*both)
+    assert [process.returncode for process in both] == [143, 143], said
+    (*_, last) = steps(path)
+    assert 25 < last < 40
+    assert all(f"SIGTERM: saved at step {last}" in text for text in said)
+    assert main(["train", str(path)]) == 0
+    assert end(path) == end(eight) and losses(path) == losses(eight)
