@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 Value = float | np.ndarray  # a number, or a uint8 picture [H, W, C]
@@ -57,6 +56,18 @@ class Clock:
             self.waited += time.perf_counter() - begin
 
 
+class Handler(logging.Handler):
+    """Warnings above the bar, each in one line, so that a path in it stays whole."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{record.levelname} {record.getMessage()}"
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class Log:
     """The diary of a run directory; `write(step, values)` is all that training needs of it."""
 
@@ -64,7 +75,7 @@ class Log:
         self.speaks = jax.process_index() == 0
         self.run, self.steps = run, steps
         self.console = Console(stderr=True, quiet=not self.speaks)
-        self.handler = RichHandler(console=self.console, show_path=False, show_time=False)
+        self.handler = Handler(self.console)
         log.addHandler(self.handler)
         columns = [TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(None)]
         columns += [TextColumn("{task.fields[said]}"), TimeRemainingColumn(compact=True)]

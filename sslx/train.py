@@ -343,7 +343,8 @@ class Watch:
         if state is None or missing[0]:
             fresh = fresh_state(config, self.mesh)
             self.evaluate(0, fresh, "random init")
-            state, missing[1] = (fresh, False) if state is None else (state, missing[1])
+        if state is None:
+            return fresh
         if missing[1] and (start % config.eval_every == 0 or start >= config.steps):
             self.evaluate(start, state)
         return state

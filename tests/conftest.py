@@ -1,9 +1,6 @@
 """Eight fake devices on the CPU, for every test; set before anything imports jax."""
 
-import atexit
 import os
-import shutil
-import tempfile
 
 import pytest
 from commands import TINY
@@ -12,16 +9,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",  # halves the time to compile
         "--xla_cpu_collective_call_terminate_timeout_seconds=900",  # on a busy machine 40 abort
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300",
     ]
 )
-
-# What one test or its processes have compiled, the others need not.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sslx-tests-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ def probed(tmp_path_factory):
     path = tmp_path_factory.mktemp("probed")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        assert sslx("train", TINY, "probes=1", "--traceback", "steps=20") == 0
+        assert sslx("train", TINY, "probes=True", "--traceback", "steps=20") == 0
     return path / "runs" / "tiny"
 
 
@@ -44,7 +44,7 @@ def probed(tmp_path_factory):
 def test_a_run_directory_holds_all_that_a_run_is(probed):
     names = {path.name for path in probed.iterdir()}
     assert names >= {"recipe.py", "overrides.json", "config.txt", "metrics.jsonl", "evals.json"}
-    assert json.loads((probed / "overrides.json").read_text()) == ["probes=1", "steps=20"]
+    assert json.loads((probed / "overrides.json").read_text()) == ["probes=True", "steps=20"]
     assert "\nobjective.encoder.width = 16\n" in (probed / "config.txt").read_text()
     scores = json.loads((probed / "evals.json").read_text())
     assert list(scores) == ["random init", "step 20"]
@@ -99,7 +99,7 @@ def test_changes_are_refused_until_accepted(eight, tmp_path, capfd):
 def test_how_a_run_is_executed_may_change(eight, tmp_path):
     run = shutil.copytree(eight, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "40")
-    how = ("mesh.tensor=2", "log_every=4", "save_every=10", "data.workers=0", "probes=1")
+    how = ("mesh.tensor=2", "log_every=4", "save_every=10", "data.workers=0", "probes=True")
     assert sslx("train", TINY, "--workdir", run, *how, "keep.last=5") == 0
     assert steps(run) == [20, 30, 40]
     trained = [row["step"] for row in rows(run) if "loss" in row]

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -357,6 +358,7 @@ def mark_flags_parsed() -> None:
 def spawning():
     """Workers started within never hear Ctrl-C and SIGTERM, which go to all processes of a terminal
     or job: when they end is for the run to say, once it has saved what it reached."""
+    resource_tracker.ensure_running()  # started later, it would let the signals through again
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         with without_main():
