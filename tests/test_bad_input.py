@@ -107,7 +107,14 @@ def test_data_that_cannot_be(refused, tmp_path):
     said = refused("train", TINY, f"data=parquet:{file}", "--workdir", run)
     assert f"{file} has no column `image`" in said and "text: string" in said
     unlabelled = pictures(file, label=False)
-    args = ("train", TINY, "probes=True", f"evals.probes.train.source={unlabelled}", "--workdir", run)
+    args = (
+        "train",
+        TINY,
+        "probes=True",
+        f"evals.probes.train.source={unlabelled}",
+        "--workdir",
+        run,
+    )
     assert f"Probes read labels, but {unlabelled} has none" in refused(*args)
     assert not run.exists()
 
