@@ -13,6 +13,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import pathlib
 import struct
 from bisect import bisect_right
@@ -350,7 +351,8 @@ def tfds(name: str, split: str | None = None, data_dir: str | None = None) -> So
     """tfds("cifar10", "train"), or, as in a URI, tfds("cifar10:train?data_dir=DIR")."""
     if split is None:
         name, _, query = name.partition("?")
-        name, _, split = name.rpartition(":")
+        parts = re.fullmatch(r"(.+):(\w+(?:\[[^]]*\])?(?:\+.*)?)", name)  # slices have colons too
+        name, split = parts.groups() if parts else ("", "")
         data_dir = parse_qs(query).get("data_dir", [data_dir])[0]
         if not name or not split:
             raise DataError("a tfds source is tfds:NAME:SPLIT, as in tfds:cifar10:train")
