@@ -15,7 +15,7 @@ TINY = REPO / "tests" / "tiny.py"
 SSLX = "import sys; from sslx.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-PATIENCE = 900  # seconds, for a hang; a machine that is only slow gets its time
+PATIENCE = 240  # seconds, for a hang
 
 
 def start(*args, devices=1, code=SSLX, **env) -> subprocess.Popen:

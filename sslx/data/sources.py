@@ -13,8 +13,8 @@ import importlib
 import io
 import logging
 import os
-import re
 import pathlib
+import re
 import struct
 from bisect import bisect_right
 from collections import defaultdict
