@@ -259,7 +259,6 @@ def show(arguments) -> None:
     import jax
     import numpy as np
     from rich.console import Console
-    from rich.table import Table
 
     from sslx.config import Recipe, printed
     from sslx.ops.flops import flops
@@ -271,11 +270,14 @@ def show(arguments) -> None:
     console.print(printed(config), highlight=False, markup=False)
     mesh = config.mesh.build()
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
-    table = Table("params", "shape", "sharding", "size")
+    rows = [("params", "shape", "sharding", "size")]
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         cut = ", ".join("*".join(c) if isinstance(c, tuple) else str(c) for c in leaf.sharding.spec)
-        table.add_row(path_of(keys), str(leaf.shape), f"({cut})", f"{leaf.size:,}")
-    console.print(table)
+        rows.append((path_of(keys), str(leaf.shape), f"({cut})", f"{leaf.size:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:  # no table of rich's: it cuts paths where the terminal is narrow
+        *texts, size = (text.ljust(n) for text, n in zip(row, widths, strict=True))
+        console.print(*texts, size.strip().rjust(widths[-1]), sep="  ", highlight=False)
     total = sum(x.size for x in jax.tree.leaves(state.params))
     with jax.set_mesh(mesh):
         work = flops(lambda s, b: train_step(s, b, config=config), state, batch)

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from sslx.checkpoint import Retention
 from sslx.data.pipeline import Pipeline
-from sslx.log import replace
+from sslx.log import write_whole
 from sslx.objectives.base import Objective
 from sslx.optim import Optimizer
 from sslx.sharding import Mesh
@@ -143,27 +143,34 @@ def override(value: Any, path: str, text: str) -> Any:
     return _replaced(value, path.split("."), path, text)
 
 
-def _replaced(value: Any, rest: list[str], path: str, text: str) -> Any:
+def _replaced(value: Any, rest: list[str], path: str, text: str, hint: Any = None) -> Any:
     if not rest:
-        return parse(value, path, text)
+        return parse(value, path, text, hint)
     parts, name = dict(_parts(value)), rest[0]
     if name not in parts:
         here = ".".join(path.split(".")[: -len(rest)])
         raise unknown(name, parts, f"{here or 'the config'} ({type(value).__name__})")
-    part = _replaced(parts[name], rest[1:], path, text)
-    if dataclasses.is_dataclass(value):
-        hint = next(f.type for f in dataclasses.fields(value) if f.name == name)
-        if get_origin(hint) is Literal and part not in get_args(hint):
-            raise unknown(part, dict.fromkeys(get_args(hint)), path)
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    hint = {f.name: f.type for f in fields}.get(name)
+    part = _replaced(parts[name], rest[1:], path, text, hint)
+    if fields:
         return dataclasses.replace(value, **{name: part})
     if isinstance(value, Mapping):
         return {**value, name: part}
     return (*value[: int(name)], part, *value[int(name) + 1 :])
 
 
-def parse(current: Any, name: str, text: str) -> Any:
-    """`text` as a value of the type of `current`: 1e4 is a whole number where one is wanted."""
+def parse(current: Any, name: str, text: str, hint: Any = None) -> Any:
+    """`text` as a value of the type of `current`: 1e4 is a whole number where one is wanted.
+
+    `hint`, an annotation, may allow more: None, a string in place of a value, one of a few words.
+    """
+    allowed = get_args(hint)
+    if text == "None" and type(None) in allowed:
+        return None
     if parts := dict(_parts(current)):
+        if str in allowed and text != type(current).__name__:
+            return text
         inner = ", ".join(f"{name}.{part}" for part in parts)
         raise ConfigError(f"{name} is a {type(current).__name__}: set one of {inner}.")
     if _is_dtype(current):
@@ -174,14 +181,19 @@ def parse(current: Any, name: str, text: str) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
+    if current is None or current is inspect.Parameter.empty:
+        return value
     kind, given = type(current), type(value)
     if kind is str:
-        return value if given is str else text
+        value = value if given is str else text
+        if get_origin(hint) is Literal and value not in allowed:
+            raise unknown(value, dict.fromkeys(allowed), name)
+        return value
     if kind is float and given is int:
         return float(value)
     if kind is int and given is float and value.is_integer():
         return int(value)
-    if current is not None and kind is not given:
+    if kind is not given:
         raise ConfigError(f"{name}={text}: expected {kind.__name__}, as {current!r} is.")
     return value
 
@@ -213,9 +225,13 @@ class Recipe:
             if not equals:
                 raise ConfigError(f"{item!r} is no override: write name=value.")
             if name in dials:
-                arguments[name] = parse(dials[name].default, name, text)
+                arguments[name] = parse(dials[name].default, name, text, dials[name].annotation)
             else:
                 paths[name] = text
+        empty = inspect.Parameter.empty
+        if missing := [n for n, d in dials.items() if d.default is empty and n not in arguments]:
+            needs = " ".join(f"{name}=..." for name in missing)
+            raise ConfigError(f"{self.path} has no default for {', '.join(missing)}: add {needs}")
         config = module.config(**arguments)
         if not isinstance(config, Config):
             raise ConfigError(f"{self.path}: config(...) returned {config!r} and no Config.")
@@ -244,9 +260,9 @@ class Recipe:
         """Copy into a run directory; a recipe is never read from where it was after that."""
         try:
             run.mkdir(parents=True, exist_ok=True)
-            replace(run / "recipe.py", self.path.read_text())
-            replace(run / "overrides.json", json.dumps(self.overrides, indent=1) + "\n")
-            replace(run / "config.txt", printed(self.load()))
+            write_whole(run / "recipe.py", self.path.read_text())
+            write_whole(run / "overrides.json", json.dumps(self.overrides, indent=1) + "\n")
+            write_whole(run / "config.txt", printed(self.load()))
         except OSError as error:
             raise ConfigError(
                 f"Cannot write to {run} ({error}): choose another --workdir."

@@ -21,7 +21,7 @@ Value = float | np.ndarray  # a number, or a uint8 picture [H, W, C]
 log = logging.getLogger("sslx")
 
 
-def replace(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write the whole file or none of it: a kill or a full disk leaves what was there."""
     if path.is_file() and path.read_text() == text:
         return
@@ -90,7 +90,7 @@ class Log:
         """Forget what was written after the checkpoint that a run resumes from."""
         path = self.run / "metrics.jsonl"
         rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-        replace(path, "".join(row for row in rows if -1 < _step(row) <= start))
+        write_whole(path, "".join(row for row in rows if -1 < _step(row) <= start))
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Numbers to metrics.jsonl and TensorBoard, pictures to pictures/ and TensorBoard."""

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.config import Config
-from sslx.log import Clock, Log, replace
+from sslx.log import Clock, Log, write_whole
 from sslx.ops.trees import norm
 from sslx.sharding import batch_sharding, check_batch, shardings
 from sslx.types import Array, Batch, Buffers, Metrics, Params, Tree
@@ -85,10 +85,16 @@ def train_step(state: TrainState, batch: Batch, *, config: Config) -> tuple[Trai
     metrics = {"loss": loss, **norms, "learning_rate": rate, **metrics}
     if config.nonfinite == "skip":
         good = jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])).all()
-        still = state.replace(step=state.step + 1)
+        still = state.replace(step=moved.step, opt_state=counted(state.opt_state, opt_state))
         moved = jax.tree.map(functools.partial(jnp.where, good), moved, still)
         metrics["skipped"] = 1 - good.astype(jnp.int32)
     return moved, metrics
+
+
+def counted(before: Tree, after: Tree) -> Tree:
+    """An optimizer's state with only its counts moved: its schedules keep up with the step."""
+    whole = lambda x: jnp.issubdtype(x.dtype, jnp.integer)  # noqa: E731
+    return jax.tree.map(lambda b, a: a if whole(b) else b, before, after)
 
 
 def accumulated(
@@ -325,7 +331,7 @@ class Watch:
         self.scores[name or f"step {step}"] = scores
         if self.log.speaks:
             with self.log.forgiving(step, self.path.name):
-                replace(self.path, json.dumps(self.scores, indent=1) + "\n")
+                write_whole(self.path, json.dumps(self.scores, indent=1) + "\n")
         said = [
             f"{k} {v:.4g}" + (f" ({base[k]:.4g})" if k in base else "") for k, v in scores.items()
         ]
@@ -360,9 +366,8 @@ class Signals:
     """SIGTERM and Ctrl-C, remembered until the step is over; a second one acts at once.
 
     With several processes SIGTERM is jax's preemption service's: all agree on the step to stop at.
+    Ctrl-C is handed to it too.
     """
-
-    caught = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self):
         self.signum = 0
@@ -370,7 +375,8 @@ class Signals:
     def __enter__(self) -> "Signals":
         self.alone = jax.process_count() == 1
         here = threading.current_thread() is threading.main_thread()
-        self.before = {s: signal.getsignal(s) for s in self.caught if here and self.alone}
+        caught = (signal.SIGTERM, signal.SIGINT) if self.alone else (signal.SIGINT,)
+        self.before = {s: signal.getsignal(s) for s in caught if here}
         for signum in self.before:
             signal.signal(signum, self.remember)
         return self
@@ -379,6 +385,8 @@ class Signals:
         if self.signum:
             raise KeyboardInterrupt
         self.signum = signum
+        if not self.alone:
+            signal.raise_signal(signal.SIGTERM)
 
     def received(self, step: int) -> int:
         """The signal to stop for after `step`, or 0."""

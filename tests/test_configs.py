@@ -199,6 +199,28 @@ def test_parse_reads_a_dial_as_its_default():
     assert parse(None, "anything", "3") == 3 and parse(None, "anything", "x") == "x"
 
 
+@dataclass(frozen=True)
+class Loose:
+    """Parts whose annotations allow more than what they hold."""
+
+    clip: float | None = 0.3
+    source: str | Constant = Constant(1.0)
+
+
+def test_an_annotation_may_allow_more():
+    assert override(Loose(), "clip", "None").clip is None
+    assert override(Loose(), "source", "digits:test").source == "digits:test"
+    assert override(Loose(), "source.value", "2").source == Constant(2.0)
+
+
+def test_a_dial_without_default_is_asked_for(tmp_path):
+    recipe = tmp_path / "bare.py"
+    recipe.write_text(DIGITS.read_text().replace("epochs: int = 100", "epochs: int"))
+    with pytest.raises(ConfigError, match=r"no default for epochs: add epochs=\.\.\."):
+        load(recipe)
+    assert load(recipe, "epochs=100") == load(DIGITS)
+
+
 @pytest.mark.parametrize(
     "item, message",
     [
