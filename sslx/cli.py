@@ -284,7 +284,8 @@ def show(arguments) -> None:
     console.print(f"params {total:,}, on a mesh of {dict(mesh.shape)}")
     memory = sum(np.prod(x.shape) * 4 for x in jax.tree.leaves(state)) / 2**30
     console.print(f"state {memory:.2f} GiB (params, moments, buffers), all devices together")
-    console.print(f"FLOPs per example, a whole step: {work / config.batch_size / 1e9:.2f} G")
+    each = f"{work / config.batch_size / 1e9:.4g} G"
+    console.print(f"FLOPs per example, a whole step, with what it computes twice: {each}")
 
 
 # ---- what they share ----

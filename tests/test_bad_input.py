@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -268,13 +269,14 @@ def test_a_full_disk_costs_what_is_not_yet_written(disk, eight, monkeypatch, cap
         assert "checkpoint of step 32 is lost" in said
         assert "SIGTERM: step 32 could not be saved; the same command goes on from step 20." in said
     else:
-        assert (
-            "metrics from step 35 on are lost" in said and "checkpoint of step 40 is lost" in said
-        )
-        assert said.count("are lost") == 1 and "step 40/40" in said
+        assert "checkpoint of step 40 is lost" in said and "step 40/40" in said
         assert "nothing after step 20 is kept: make room" in said
+    # A short row may fit into the last page of its file; whatever does not is said to be lost, once.
+    lost = [int(step) for step in re.findall(r"metrics from step (\d+) on are lost", said)]
+    assert len(lost) == said.count("are lost") <= 1
+    written = [1, 5, 10, 15, 20, 25, 30] + [35, 40] * (not stop)
     assert steps(run) == [20]
-    assert [row["step"] for row in rows(run)] == [1, 5, 10, 15, 20, 25, 30]
+    assert [row["step"] for row in rows(run)] == [s for s in written if s < min(lost, default=99)]
     (disk / "ballast").unlink()
     assert train(run) == 0
     assert end(run) == end(eight)

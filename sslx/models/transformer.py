@@ -1,5 +1,6 @@
 """A stack of transformer blocks, scanned over depth and rematerialized by a named policy."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,12 +16,22 @@ from sslx.types import Array
 
 Remat = Literal["none", "dots", "full"]
 
+
+def flashed(primitive, *_, **__) -> bool:
+    """Saveable is what cuDNN's attention gives: its output and the sums of its softmax."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 # What the backward pass finds stored: all that it asks for; what matrix products gave, so that only
 # element-wise work and attention's scores are done again; the input of each block.
 POLICIES: dict[str, Callable[..., bool]] = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attention"),
+    "dots": functools.reduce(
+        jax.checkpoint_policies.save_from_both_policies,
+        (
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names("attention"),
+            flashed,
+        ),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
