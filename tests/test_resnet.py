@@ -1,11 +1,13 @@
 """ResNet equals transformers' in outputs, gradients and statistics; BatchNorm against float64."""
 
+import copy
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec as P
 
 from sslx.export import keymaps
 from sslx.models.layers import BatchNorm, Conv, Scaling, moments
@@ -110,11 +112,15 @@ def test_outputs_and_statistics_are_transformers(transformers, depth):
         if isinstance(module, torch.nn.BatchNorm2d):
             count = lambda _, x, name=name: counts.update({name: x[0].numel() // x[0].shape[1]})  # noqa: E731
             module.register_forward_pre_hook(count)
+    single = copy.deepcopy(model).float().train()
     with torch.no_grad():
         expected = tokens_of(model.train()(seen_by_torch(image)))
+        rounded = tokens_of(single(seen_by_torch(image).float()))
+    # 53 normalizations by few values amplify float32's rounding: torch's own is 5e-5 in ResNet-50.
+    room = max(1e-5, 2 * np.abs(rounded - expected).max() / np.abs(expected).max())
     step = jax.jit(lambda v, x: net.apply(v, x, train=True, mutable=["batch_stats"]))
     ours, moved = step(variables, image)
-    near(ours, expected)
+    near(ours, expected, room)
     stats = keymaps.write(
         tuple(row for row in keymaps.hf_resnet(net) if row[0].startswith("batch_stats")), moved, {}
     )
@@ -122,10 +128,10 @@ def test_outputs_and_statistics_are_transformers(transformers, depth):
     after = {name: x.numpy() for name, x in model.state_dict().items()}
     assert len(stats) == 2 * len(counts)
     for name, n in counts.items():
-        near(stats[f"{name}.running_mean"], after[f"{name}.running_mean"])
+        near(stats[f"{name}.running_mean"], after[f"{name}.running_mean"], room)
         name = f"{name}.running_var"
         biased = 0.9 * before[name] + (after[name] - 0.9 * before[name]) * (n - 1) / n
-        near(stats[name], biased)
+        near(stats[name], biased, room)
 
 
 @pytest.mark.parametrize("net", TINY)
@@ -134,7 +140,7 @@ def test_gradients_are_transformers(transformers, net):
     weight = np.random.default_rng(2).normal(size=(4, 5 * 6, net.width)).astype(np.float32)
     params, stats = variables["params"], {"batch_stats": variables["batch_stats"]}
 
-    def loss(params, image):
+    def loss(params, image, stats=jax.tree.map(jnp.asarray, stats)):
         tokens, _ = base.apply(net, params, stats, image)
         return (tokens * weight).sum()
 
@@ -192,7 +198,7 @@ def test_unknown_depth_names_the_known():
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
 def test_last_gamma_of_every_block(gamma):
     net = resnet("mu", last_gamma=gamma)
-    params, stats = base.init(net, jax.random.key(0), pictures(2, 32, 32))
+    params, stats = base.init(net, jax.random.key(0), jnp.asarray(pictures(2, 32, 32)))
     flat = flatten_dict(nn.unbox(params), sep="/")
     for path, x in flat.items():
         if path.endswith("scale"):
@@ -203,7 +209,10 @@ def test_last_gamma_of_every_block(gamma):
 
 @pytest.mark.parametrize(
     ("scaling", "variance"),
-    [(Scaling(2.0, "fan_out", "normal"), 2 / (9 * 64)), (Scaling(1.0, "fan_in", "normal"), 1 / 288)],
+    [
+        (Scaling(2.0, "fan_out", "normal"), 2 / (9 * 64)),
+        (Scaling(1.0, "fan_in", "normal"), 1 / 288),
+    ],
 )
 def test_kernels_start_with_their_variance(scaling, variance):
     conv = Conv(64, 3, kernel_init=scaling)
@@ -216,8 +225,9 @@ def test_kernels_start_with_their_variance(scaling, variance):
 
 def test_bfloat16_computes_and_float32_keeps():
     net = resnet("mu", dtype=jnp.bfloat16)
-    params, stats = base.init(net, jax.random.key(0), pictures(4, 32, 32))
-    tokens, moved = base.apply(net, nn.unbox(params), stats, pictures(4, 32, 32))
+    image = jnp.asarray(pictures(4, 32, 32))
+    params, stats = base.init(net, jax.random.key(0), image)
+    tokens, moved = base.apply(net, nn.unbox(params), stats, image)
     assert tokens.dtype == jnp.bfloat16
     assert {x.dtype for x in jax.tree.leaves((params, moved))} == {jnp.dtype(jnp.float32)}
 
@@ -242,22 +252,24 @@ def test_batch_norm_is_its_definition(shape):
         "batch_stats": {"mean": mean, "var": var},
     }
     norm = BatchNorm(momentum=0.8, epsilon=1e-3)
-    y, moved = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    step = jax.jit(lambda v, x: norm.apply(v, x, train=True, mutable=["batch_stats"]))
+    y, moved = step(variables, x)
     out, mean_, var_ = expected_norm(x, scale, bias, 1e-3)
     near(y, out)
     near(moved["batch_stats"]["mean"], 0.8 * mean + 0.2 * mean_)
     near(moved["batch_stats"]["var"], 0.8 * var + 0.2 * var_)
     still = (x.astype(np.float64) - mean) / np.sqrt(var + np.float64(1e-3)) * scale + bias
-    near(norm.apply(variables, x), still)
+    near(jax.jit(norm.apply)(variables, x), still)
 
 
 @pytest.mark.parametrize(("scale", "bias"), [(False, False), (True, False), (False, True)])
 def test_batch_norm_without_scale_or_bias(scale, bias):
     """SimCLR's last norm has no bias, MAE's linear probe has neither."""
-    x = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)
     norm = BatchNorm(use_scale=scale, use_bias=bias)
-    params, stats = base.init(norm, jax.random.key(0), x)
-    assert set(params) == {"scale"} * scale | {"bias"} * bias if (scale or bias) else not params
+    variables = norm.init(jax.random.key(0), x, train=True)
+    params, stats = variables.pop("params", {}), variables
+    assert list(params) == ["scale"] * scale + ["bias"] * bias
     near(base.apply(norm, params, stats, x)[0], expected_norm(x, 1, 0)[0])
 
 
@@ -274,9 +286,9 @@ def test_what_is_kept_does_not_change_training():
     x = np.random.default_rng(0).normal(1, 1, (64, 3)).astype(np.float32)
     norm = BatchNorm(use_scale=False, use_bias=False)
     for mean in (0.0, 1.0, -5.0):
-        stats = {"mean": np.full(3, mean, np.float32), "var": np.full(3, 7, np.float32)}
+        stats = {"mean": jnp.full(3, mean), "var": jnp.full(3, 7.0)}
         loss = lambda x, s=stats: (base.apply(norm, {}, {"batch_stats": s}, x)[0] ** 3).sum()  # noqa: E731
-        value, grad = jax.value_and_grad(loss)(x)
+        value, grad = jax.value_and_grad(loss)(jnp.asarray(x))
         y, _, var = expected_norm(x, 1, 0)
         # d/dx of sum(y^3), by hand: (3y^2 - mean(3y^2) - y mean(3y^3)) / std
         slope = 3 * y**2
@@ -306,7 +318,7 @@ def test_statistics_are_of_the_global_batch():
     alone = jax.jit(step)(variables, image)
     mesh = Mesh(replica=2, fsdp=4).build()
     where = shardings(fresh, mesh)
-    assert where["params"]["stage1_block1"]["conv1"]["kernel"].spec == (None, None, None, ("fsdp",))
+    assert where["params"]["stage1_block1"]["conv1"]["kernel"].spec == P(None, None, None, "fsdp")
     with jax.set_mesh(mesh):
         placed = jax.device_put(variables, where), jax.device_put(image, batch_sharding(mesh))
         jax.tree.map(near, jax.jit(step)(*placed), alone)
