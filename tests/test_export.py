@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from sslx.export import hf, keymaps, timm
+from sslx.models.resnet import BASIC, BOTTLENECK, CIFAR_STEM, ResNet, resnet
 from sslx.models.vit import ViT, vit
 from sslx.objectives.base import Objective
 from sslx.objectives.mae import MAE, Decoder
@@ -368,3 +369,184 @@ def test_timm_opens_any_size_strictly(pytorch_image_models, tmp_path):
     with torch.no_grad():
         tokens = model.eval().forward_features(seen_by_torch(image)).numpy()
     np.testing.assert_allclose(features(TINY, params, image), tokens, rtol=0, atol=1e-4)
+
+
+# ---- ResNet: params and batch statistics ----
+
+SMALL = [ResNet(BASIC, (1, 2), 8), ResNet(BOTTLENECK, (2, 1), 8)]
+
+
+@dataclass(frozen=True)
+class Stateful(Objective):
+    """A method whose encoder has batch statistics (arXiv:1234.56789)."""
+
+    encoder: nn.Module
+
+    def init(self, key, batch):
+        variables = self.encoder.init(key, batch["image"])
+        return {"encoder": variables["params"]}, {"stats": variables["batch_stats"]}
+
+    def loss(self, params, buffers, batch, key, step):
+        raise NotImplementedError
+
+    def backbone(self, params, buffers):
+        return self.encoder, {"params": params["encoder"], "batch_stats": buffers["stats"]}
+
+
+def filled(objective, channels=3, seed=0):
+    """Params and buffers with nothing at zero or one, and activations of moderate size."""
+    r = np.random.default_rng(seed)
+    batch = {"image": jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)}
+    shapes = nn.unbox(jax.eval_shape(objective.init, jax.random.key(0), batch))
+
+    def drawn(x):
+        if len(x.shape) == 4:
+            return r.normal(0, np.sqrt(2 / np.prod(x.shape[:3])), x.shape).astype(np.float32)
+        return r.uniform(0.5, 1.5, x.shape).astype(np.float32)
+
+    return jax.tree.map(drawn, shapes)
+
+
+def tokens_of(objective, params, buffers, image):
+    module, variables = objective.backbone(params, buffers)
+    return np.asarray(jax.jit(module.apply)(variables, image))
+
+
+def flat_tokens(output):
+    """[B, C, H, W] -> [B, N, D]."""
+    return output.flatten(2).transpose(1, 2).numpy()
+
+
+@pytest.mark.parametrize("encoder", SMALL)
+def test_a_resnet_goes_out_and_comes_back(encoder, tmp_path):
+    objective = Stateful(encoder)
+    params, buffers = filled(objective, channels=4)
+    hf.save(objective, params, tmp_path, (SIDE, 40), buffers=buffers)
+    fields, variables = hf.load_resnet(tmp_path / "encoder")
+    again = ResNet(**fields)
+    assert again == encoder
+    assert equal(variables, {"params": params["encoder"], "batch_stats": buffers["stats"]})
+    back = {"encoder": variables["params"]}, {"stats": variables["batch_stats"]}
+    hf.save(Stateful(again), back[0], tmp_path / "again", (SIDE, 40), buffers=back[1])
+    for name in ("model.safetensors", "config.json"):
+        file = tmp_path / "encoder" / name
+        assert file.read_bytes() == (tmp_path / "again" / "encoder" / name).read_bytes()
+
+
+@pytest.mark.parametrize("table", [keymaps.hf_resnet, keymaps.timm_resnet])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_resnet_tables_name_every_array_once(table, depth):
+    objective = Stateful(resnet(depth))
+    params, buffers = filled(objective)
+    _, variables = objective.backbone(params, buffers)
+    rows = table(objective.encoder)
+    assert {path for path, _, _ in rows} == set(flatten_dict(variables, sep="/"))
+    assert len({name for _, name, _ in rows}) == len(rows)
+
+
+def test_what_a_resnet_s_export_says(tmp_path):
+    cifar = Stateful(resnet("mu", stem=CIFAR_STEM))
+    params, buffers = filled(cifar)
+    with pytest.raises(ValueError, match=r"ImageNet's stem only, not Stem\(.*--format timm"):
+        hf.save(cifar, params, tmp_path, SIDE, buffers=buffers)
+    with pytest.raises(ValueError, match="images of 3 channels"):
+        objective = Stateful(resnet("mu"))
+        hf.save(objective, params, tmp_path, SIDE, ((0.5,), (0.5,)), buffers=filled(objective)[1])
+    assert not list(tmp_path.iterdir())
+    objective = Stateful(SMALL[1])
+    params, buffers = filled(objective)
+    hf.save(objective, params, tmp_path, (SIDE, 40), IMAGENET, buffers=buffers)
+    text = (tmp_path / "encoder" / "README.md").read_text()
+    for words in ("# ResNet pretrained with Stateful", "[2, 1] blocks (bottleneck)", "resnet]"):
+        assert words in text
+    seen = json.loads((tmp_path / "encoder" / "preprocessor_config.json").read_text())
+    assert seen["size"] == {"height": SIDE, "width": 40}
+
+
+FIRST = "embedder.embedder.convolution.weight"
+VARIANCE = "embedder.embedder.normalization.running_var"
+
+
+@pytest.mark.parametrize(
+    ("config", "arrays", "said"),
+    [
+        ({"model_type": "regnet"}, dict, "model_type='regnet'.*only 'resnet'.*ResNetModel"),
+        ({"hidden_act": "gelu"}, dict, "hidden_act='gelu'.*computes 'relu'"),
+        ({"downsample_in_bottleneck": True}, dict, "downsample_in_bottleneck=True"),
+        ({"hidden_sizes": [32, 48]}, dict, r"hidden_sizes=\[32, 48\].*double.*\[32, 64\]"),
+        ({"depths": [2, 2]}, dict, r"lacks encoder\.stages\.1\.layers\.1.* more"),
+        ({"num_channels": 1}, dict, r"params/conv/kernel \[7, 7, 3, 8\] and not \[7, 7, 1, 8\]"),
+        ({}, drop(VARIANCE), f"lacks {VARIANCE}"),
+        ({}, lambda x: x | {"head.bias": x[FIRST]}, "has head.bias, unknown to a ResNet"),
+    ],
+)
+def test_what_resnet_cannot_be_imported_is_said(config, arrays, said, tmp_path):
+    objective = Stateful(SMALL[1])
+    params, buffers = filled(objective)
+    hf.save(objective, params, tmp_path, SIDE, buffers=buffers)
+    edit(tmp_path / "encoder", config, arrays)
+    with pytest.raises(ValueError, match=f"(?s){said}"):
+        hf.load_resnet(tmp_path / "encoder")
+
+
+@pytest.mark.parametrize("encoder", SMALL)
+def test_transformers_opens_a_resnet(transformers, encoder, tmp_path):
+    import torch
+
+    objective = Stateful(encoder)
+    params, buffers = filled(objective)
+    hf.save(objective, params, tmp_path, SIDE, buffers=buffers)
+    model, info = transformers.ResNetModel.from_pretrained(
+        tmp_path / "encoder", output_loading_info=True
+    )
+    assert set(info) >= INFO and not any(info.values())
+    image = np.random.default_rng(1).normal(size=(2, 33, 47, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = flat_tokens(model.eval()(seen_by_torch(image)).last_hidden_state)
+    ours = tokens_of(objective, params, buffers, image)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * expected.max())
+    classifier = transformers.ResNetForImageClassification(model.config)
+    classifier.resnet = model
+    classifier.save_pretrained(tmp_path / "theirs")
+    _, variables = hf.load_resnet(tmp_path / "theirs")
+    assert equal(variables, objective.backbone(params, buffers)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [("resnet18", Stateful(resnet(18))), ("resnet50", Stateful(resnet(50)))],
+)
+def test_timm_opens_a_named_resnet(pytorch_image_models, name, objective, tmp_path):
+    import torch
+
+    params, buffers = filled(objective)
+    timm.save(objective, params, tmp_path / "x.safetensors", 65, buffers)
+    arrays = load_file(tmp_path / "x.safetensors")
+    model = pytorch_image_models.create_model(name, num_classes=0)
+    tensors = {n: torch.from_numpy(a) for n, a in arrays.items()}
+    assert set(tensors) == set(model.state_dict())  # num_batches_tracked too
+    assert arrays["bn1.num_batches_tracked"].dtype == np.int64
+    model.load_state_dict(tensors, strict=True)
+    image = np.random.default_rng(3).normal(size=(1, 65, 47, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = flat_tokens(model.eval().forward_features(seen_by_torch(image)))
+    ours = tokens_of(objective, params, buffers, image)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * expected.max())
+
+
+def test_timm_opens_cifar_s_stem_in_place_of_its_own(pytorch_image_models, tmp_path):
+    import torch
+
+    objective = Stateful(resnet(18, stem=CIFAR_STEM))
+    params, buffers = filled(objective)
+    timm.save(objective, params, tmp_path / "x.safetensors", 32, buffers)
+    model = pytorch_image_models.create_model("resnet18", num_classes=0)
+    model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    model.maxpool = torch.nn.Identity()
+    arrays = load_file(tmp_path / "x.safetensors")
+    model.load_state_dict({n: torch.from_numpy(a) for n, a in arrays.items()}, strict=True)
+    image = np.random.default_rng(3).normal(size=(1, 17, 13, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = flat_tokens(model.eval().forward_features(seen_by_torch(image)))
+    ours = tokens_of(objective, params, buffers, image)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * expected.max())

@@ -6,21 +6,26 @@ the layers, which we stack for the scan, `{t}` is query, key, value. The letters
 
 l layers   d width   h heads   e width of a head   t query, key, value   m hidden width of the MLP
 k width of the encoder that a decoder reads   p q rows, columns of a patch   c channels
+
+A ResNet's blocks are not stacked: its table is written out for its depth, over all its variables
+(`params/...`, `batch_stats/...`).
 """
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import einops
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sslx.models.resnet import ResNet, block_name, expansion
 from sslx.ops.positions import sincos_2d
 from sslx.types import Tree
 
 Table = tuple[tuple[str, str, str], ...]
 Arrays = Mapping[str, np.ndarray]
+Names = Callable[[int, int, int], tuple[str, str]]
 
 WORDS = {"t": ("query", "key", "value")}
 
@@ -92,6 +97,65 @@ TIMM_VIT = (
     *under("transformer/blocks/", "blocks.{l}.", TIMM_BLOCK),
     *under("transformer/norm/", "norm.", NORM),
 )
+
+CONV = (("kernel", "weight", "p q c d -> d c p q"),)
+STATISTICS = (("mean", "running_mean", "d -> d"), ("var", "running_var", "d -> d"))
+COUNT = "num_batches_tracked"
+
+
+def conv_norm(ours: tuple[str, str], theirs: tuple[str, str]) -> Table:
+    """A convolution and its BatchNorm, under the names (convolution, norm)."""
+    (conv, norm), (their_conv, their_norm) = ours, theirs
+    return (
+        *under(f"params/{conv}/", their_conv, CONV),
+        *under(f"params/{norm}/", their_norm, NORM),
+        *under(f"batch_stats/{norm}/", their_norm, STATISTICS),
+    )
+
+
+def resnet(encoder: ResNet, stem: tuple[str, str], names: Names) -> Table:
+    """Every convolution and norm; `names(stage, block, i)` are theirs, all counted from 0.
+
+    The 0th convolution of a block is its projection; not every block has one.
+    """
+    rows = conv_norm(("conv", "norm"), stem)
+    for stage, blocks in enumerate(encoder.blocks):
+        for block in range(blocks):
+            ours = block_name(stage, block)
+            projected = not block and (stage > 0 or expansion(encoder.kernels) > 1)
+            for i in range(0 if projected else 1, len(encoder.kernels) + 1):
+                rows += conv_norm((f"{ours}/conv{i}", f"{ours}/norm{i}"), names(stage, block, i))
+    return rows
+
+
+def timm_resnet(encoder: ResNet) -> Table:
+    """timm's and torchvision's names, which are the same."""
+
+    def names(stage: int, block: int, i: int) -> tuple[str, str]:
+        at = f"layer{stage + 1}.{block}."
+        parts = (f"conv{i}.", f"bn{i}.") if i else ("downsample.0.", "downsample.1.")
+        return at + parts[0], at + parts[1]
+
+    return resnet(encoder, ("conv1.", "bn1."), names)
+
+
+def hf_resnet(encoder: ResNet) -> Table:
+    """The names of transformers' ResNetModel."""
+
+    def named(at: str) -> tuple[str, str]:
+        return f"{at}.convolution.", f"{at}.normalization."
+
+    def names(stage: int, block: int, i: int) -> tuple[str, str]:
+        part = f"layer.{i - 1}" if i else "shortcut"
+        return named(f"encoder.stages.{stage}.layers.{block}.{part}")
+
+    return resnet(encoder, named("embedder.embedder"), names)
+
+
+def counts(arrays: Arrays) -> dict[str, np.ndarray]:
+    """The counters of batches that torch keeps, and does not read where momentum is a number."""
+    variances = [name for name in arrays if name.endswith("running_var")]
+    return {name.replace("running_var", COUNT): np.zeros((), np.int64) for name in variances}
 
 
 def sizes(stack, patch: int, channels: int, reads: int = 0) -> dict[str, int]:

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 from safetensors.numpy import save_file
 
 from sslx.export import keymaps
 from sslx.export.hf import backbone
+from sslx.models.resnet import ResNet
+from sslx.models.vit import ViT
 from sslx.objectives.base import Objective
 from sslx.types import Buffers, Params
 
@@ -19,10 +22,22 @@ def save(
 ) -> None:
     """Write the encoder as `timm.create_model(..., num_classes=0)` loads it, strictly.
 
-    No mask token is among the arrays: it would make timm take them for DINOv2's and rename them.
-    Raises ValueError for a backbone that is no ViT and an image that patches do not divide.
+    A ResNet's names and arrays are torchvision's too, batch statistics included; where its stem is
+    not ImageNet's of 64 channels, the model that reads it needs that stem in place of its own.
+    Raises ValueError for another backbone and for an image that a ViT's patches do not divide.
     """
-    encoder, weights = backbone(objective, params, buffers)
+    encoder, variables = backbone(objective, params, buffers)
+    if isinstance(encoder, ResNet):
+        arrays = keymaps.write(keymaps.timm_resnet(encoder), variables, {})
+        arrays |= keymaps.counts(arrays)
+    else:
+        arrays = _vit(encoder, variables["params"], image_size)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file(arrays, path, metadata={"format": "pt"})
+
+
+def _vit(encoder: ViT, weights: Params, image_size: int | tuple[int, int]) -> dict[str, np.ndarray]:
+    """No mask token is among them: it would make timm take them for DINOv2's and rename them."""
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     if any(side % encoder.patch for side in sides):
         raise ValueError(f"Images of {image_size} do not divide into patches of {encoder.patch}.")
@@ -30,6 +45,4 @@ def save(
     of_encoder = keymaps.sizes(encoder, encoder.patch, channels)
     arrays = keymaps.write(keymaps.TIMM_VIT, weights, of_encoder)
     rows, columns = (side // encoder.patch for side in sides)
-    arrays["pos_embed"] = keymaps.positions(rows, columns, encoder.width)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, path, metadata={"format": "pt"})
+    return arrays | {"pos_embed": keymaps.positions(rows, columns, encoder.width)}

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,26 @@ from sslx.types import Array
 
 Init = Callable[..., Array]
 xavier = nn.initializers.xavier_uniform()
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """An initializer that is a value: variance `scale` / fan, so that a config prints and compares.
+
+    A kernel's axes are (..., inputs, outputs); those in front are the window, part of both fans.
+    """
+
+    scale: float
+    mode: Literal["fan_in", "fan_out", "fan_avg"]
+    distribution: Literal["normal", "truncated_normal", "uniform"]
+
+    def __call__(self, key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
+        scaled = nn.initializers.variance_scaling(self.scale, self.mode, self.distribution)
+        return scaled(key, shape, dtype)
+
+
+he = Scaling(2.0, "fan_out", "normal")  # arXiv:1502.01852; torchvision's and transformers' ResNet
+lecun = Scaling(1.0, "fan_in", "truncated_normal")  # Keras's default, so SimCLR's ResNet
 
 # Attention scores that a CPU has in its cache at a time: 2 MB of float32.
 CACHED = 2**19
@@ -72,6 +94,89 @@ class LayerNorm(nn.Module):
         x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
         return (x * scale + bias).astype(self.dtype)
+
+
+class Conv(nn.Module):
+    """A square convolution without bias, padded alike on all sides, as torch pads.
+
+    TensorFlow's SAME pads an even image on one side when it strides: other outputs, same shape.
+    """
+
+    features: int
+    kernel: int
+    stride: int = 1
+    padding: int | None = None  # pixels on each side; kernel // 2 keeps the size at stride 1
+    kernel_init: Init = he
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        init = nn.with_logical_partitioning(self.kernel_init, (None, None, None, "embed"))
+        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+        kernel = jnp.asarray(self.param("kernel", init, shape, jnp.float32), self.dtype)
+        pad = self.kernel // 2 if self.padding is None else self.padding
+        return jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            constrain(kernel, None, None, None, None),  # whole along fsdp, as in Dense
+            (self.stride, self.stride),
+            ((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class BatchNorm(nn.Module):
+    """Normalize every channel over the global batch and all positions (arXiv:1502.03167).
+
+    In training by the batch's own mean and variance, of which `batch_stats` keeps moving averages;
+    else by these. The kept variance is the biased one, over n, as in BYOL, SimCLR and Haiku; torch
+    keeps the one over n - 1, and its `momentum` is one minus ours. All statistics are float32.
+    """
+
+    momentum: float = 0.9  # what stays of the average at each batch
+    epsilon: float = 1e-5
+    use_scale: bool = True
+    use_bias: bool = True
+    scale_init: Init = nn.initializers.ones
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"], train: bool = False) -> Float[Array, "*B D"]:
+        """Raises ValueError in training when a channel has a single value."""
+        width = x.shape[-1:]
+        kept_mean = self.variable("batch_stats", "mean", jnp.zeros, width, jnp.float32)
+        kept_var = self.variable("batch_stats", "var", jnp.ones, width, jnp.float32)
+        x = x.astype(jnp.float32)  # inside the fused loop: no copy of x is made
+        mean, var = kept_mean.value, kept_var.value
+        if train:
+            if x.size == x.shape[-1]:
+                raise ValueError(
+                    f"BatchNorm trains on {list(x.shape)}, one value per channel, whose variance "
+                    f"is zero, so that all outputs are equal: use a batch of two or more (in each "
+                    f"micro-batch of `accumulate`), or train=False."
+                )
+            mean, var = moments(x, near=mean)
+            if not self.is_initializing():
+                for kept, new in ((kept_mean, mean), (kept_var, var)):
+                    kept.value = self.momentum * kept.value + (1 - self.momentum) * new
+        scale = jax.lax.rsqrt(var + self.epsilon)
+        if self.use_scale:
+            scale = scale * self.param("scale", self.scale_init, width, jnp.float32)
+        shift = -mean * scale
+        if self.use_bias:
+            shift = shift + self.param("bias", nn.initializers.zeros, width, jnp.float32)
+        return (x * scale + shift).astype(self.dtype)
+
+
+def moments(x: Float[Array, "*B D"], near: Float[Array, " D"]) -> tuple[Array, Array]:
+    """Mean and biased variance of every channel, from one reading of x.
+
+    E[x^2] - E[x]^2 loses all digits where the mean is large beside the deviation; taken from a
+    point `near` the mean, as the moving average is, it does not. Any point gives the same numbers.
+    """
+    near = jax.lax.stop_gradient(near)
+    axes = tuple(range(x.ndim - 1))
+    offset, square = (x - near).mean(axes), jnp.square(x - near).mean(axes)
+    return near + offset, jnp.maximum(square - jnp.square(offset), 0)
 
 
 class Attention(nn.Module):
