@@ -6,6 +6,7 @@ A new method is a new row. `test_objectives.py` runs design.md's section 8 on ea
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,16 @@ from sslx.config import Config
 from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
 from sslx.data.sources import digits
-from sslx.models.vit import vit
+from sslx.models import heads
+from sslx.models.heads import Siamese
+from sslx.models.vit import ViT, vit
 from sslx.objectives.base import Objective
+from sslx.objectives.byol import BYOL
 from sslx.objectives.mae import MAE, Decoder
+from sslx.objectives.simclr import SimCLR
+from sslx.ops.trees import path_of
 from sslx.optim import AdamW, Optimizer
-from sslx.schedules import Constant
+from sslx.schedules import Constant, Cosine
 from sslx.sharding import Mesh, batch_sharding
 from sslx.views import Chain, Views
 
@@ -44,7 +50,7 @@ class Row:
 
     batch    seed -> what the objective reads, as numpy, BATCH examples
     reorders name -> item 10
-    still    params that get no gradient, path -> the reason
+    still    params that get no gradient, or only rounding's, path -> the reason
     falls    share of the first loss that is left after 20 steps of Adam, if not less
     """
 
@@ -64,6 +70,34 @@ def pictures(seed: int) -> dict:
     images = digits("train").arrays[0].astype(np.float32) / 255
     rows = np.random.default_rng(seed).choice(len(images), BATCH, replace=False)
     return {"image": (images[rows] - 0.3) / 0.37}
+
+
+def two_views(seed: int) -> dict:
+    """Digits twice, each time shifted by up to a pixel and with noise, [B, 2, 8, 8, 1]."""
+    random, images = np.random.default_rng(seed), pictures(seed)["image"]
+    shifts = random.integers(-1, 2, (BATCH, 2, 2))
+    moved = [[np.roll(x, s, (0, 1)) for s in two] for x, two in zip(images, shifts, strict=True)]
+    noise = random.normal(0, 0.3, (BATCH, 2, *images.shape[1:]))
+    return {"image": (np.asarray(moved) + noise).astype(np.float32)}
+
+
+def single(batch: dict) -> np.ndarray:
+    """What an encoder reads: the image, or its first view."""
+    return batch["image"] if batch["image"].ndim == 4 else batch["image"][:, 0]
+
+
+def views_swapped(batch: dict) -> dict:
+    return {name: x[:, ::-1] for name, x in batch.items()}
+
+
+def views_swapped_of_some(batch: dict) -> dict:
+    some = np.arange(BATCH) % 2 == 0
+    return {n: np.where(some[:, None, None, None, None], x[:, ::-1], x) for n, x in batch.items()}
+
+
+def views_of_others(batch: dict) -> dict:
+    """Every second view is the next example's."""
+    return {n: np.stack([x[:, 0], np.roll(x[:, 1], 1, 0)], 1) for n, x in batch.items()}
 
 
 def examples_reversed(batch: dict) -> dict:
@@ -90,6 +124,19 @@ class Projector(nn.Module):
     def __call__(self, x, train: bool = False):
         x = x.reshape(len(x), 1, -1)
         return x @ self.param("w", nn.initializers.normal(), (x.shape[-1], self.width))
+
+
+class Convolved(nn.Module):
+    """The smallest encoder with BatchNorm: one convolution, tokens [B, 16, D] of 8 x 8 pixels."""
+
+    width: int = 16
+    prefix: ClassVar[int] = 0
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.Conv(self.width, (3, 3), 2, use_bias=False, name="conv")(x)
+        norm = nn.BatchNorm(not train, momentum=0.9, use_fast_variance=False, name="norm")
+        return nn.relu(norm(x)).reshape(len(x), -1, self.width)
 
 
 @dataclass(frozen=True)
@@ -130,7 +177,57 @@ class Follow(Objective):
 
 TINY = MAE(vit("mu", 2).clone(heads=4), Decoder(width=32, depth=1, heads=4))  # heads over tensor=4
 
+SMALL = ViT(32, 1, 4, patch=4)
+PROJECTOR, PREDICTOR = heads.byol(64, 32), heads.byol(64, 32)
+DECAY = Cosine(0.9, 1.0, 10)
+
+# The net is one batch of 2 B, and the loss a mean over anchors: only pairs count.
+CONTRASTED = {
+    "examples": Reorder(examples_reversed, same=True),
+    "views": Reorder(views_swapped, same=True),
+    "views of some": Reorder(views_swapped_of_some, same=True),
+    "pairs": Reorder(views_of_others, same=False),
+}
+# Both directions are summed, but BatchNorm sees each view apart.
+PREDICTED = {
+    "examples": Reorder(examples_reversed, same=True),
+    "views": Reorder(views_swapped, same=True),
+    "views of some": Reorder(views_swapped_of_some, same=False),
+    "pairs": Reorder(views_of_others, same=False),
+}
+SHIFT = "BatchNorm behind it takes the mean away"
+BIASES = {"projector/linear0/bias": SHIFT, "predictor/linear0/bias": SHIFT}
+LAST = {"encoder/transformer/norm/bias": SHIFT}
+
 ROWS = {
+    "SimCLR": Row(
+        SimCLR(Siamese(Convolved(), heads.simclr(3, 64, 32))),
+        two_views,
+        CONTRASTED,
+        still={},
+        falls=0.8,
+    ),
+    "SimCLR with ViT": Row(
+        SimCLR(Siamese(SMALL, heads.simclr(2, 64, 32), pool="first"), chunks=2),
+        two_views,
+        CONTRASTED,
+        still=LAST,
+        falls=0.8,
+    ),
+    "BYOL": Row(
+        BYOL(Siamese(Convolved(), PROJECTOR, PREDICTOR), DECAY),
+        two_views,
+        PREDICTED,
+        still=BIASES,
+        falls=0.8,
+    ),
+    "BYOL with ViT": Row(
+        BYOL(Siamese(SMALL, PROJECTOR, PREDICTOR), DECAY),
+        two_views,
+        PREDICTED,
+        still=BIASES | LAST,
+        falls=0.8,
+    ),
     "MAE": Row(
         TINY,
         pictures,
@@ -191,6 +288,16 @@ def config_of(row: Row, **fields) -> Config:
     fields = {"optimizer": optimizer, "steps": 3, "batch_size": BATCH} | fields
     data = Given(digits("train"), Image(8, channels=1), batch=row.batch)
     return Config(row.objective, data, Views(AS_IT_IS, AS_IT_IS), **fields)
+
+
+def moving(name: str, tree):
+    """A tree of params, or with such in it, without those of the row that stand still."""
+    ends = tuple(ROWS[name].still)
+
+    def keep(keys, leaf):
+        return None if ends and path_of(keys).endswith(ends) else leaf
+
+    return jax.tree_util.tree_map_with_path(keep, tree)
 
 
 def mesh_of(*shape: int) -> jax.sharding.Mesh:

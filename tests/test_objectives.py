@@ -7,7 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import BATCH, ROWS, Follow, Record, Row, config_of, mesh_of, one_step, placed
+from contract import (
+    BATCH,
+    ROWS,
+    Follow,
+    Record,
+    Row,
+    config_of,
+    mesh_of,
+    moving,
+    one_step,
+    placed,
+    single,
+)
 
 from sslx import train
 from sslx.config import ConfigError, lines
@@ -95,11 +107,11 @@ def test_03_three_steps_one_compilation(name):
 @every_row
 def test_04_every_param_gets_a_gradient(name):
     _, after, _ = one_step(name, 1, 1, 1)
-    still = {
-        path_of(keys)
+    size = {
+        path_of(keys): np.abs(grad).max()
         for keys, grad in jax.tree_util.tree_leaves_with_path(after.opt_state)
-        if not np.asarray(grad).any()
     }
+    still = {path for path, most in size.items() if most <= 1e-5 * max(size.values())}
     assert still == set(ROWS[name].still)
 
 
@@ -123,9 +135,12 @@ def test_06_eight_devices_agree_with_one(name, shape):
     alone, there, expected = one_step(name, 1, 1, 1)
     assert worst(start.params, alone.params) < 1e-6  # the same draw on any mesh
     assert worst(said, expected) < 1e-5  # loss, metrics
-    assert worst(here.opt_state, there.opt_state) < 1e-5  # gradients
-    assert worst(here.buffers, there.buffers) < 1e-5
-    assert worst(here.params, there.params) < 1e-5
+    for some, expected in (
+        (here.opt_state, there.opt_state),  # gradients
+        (here.buffers, there.buffers),  # statistics, targets
+        (here.params, there.params),
+    ):
+        assert worst(moving(name, some), moving(name, expected)) < 1e-5
     assert worst(here.params, start.params) > 1e-4  # and it did move
 
 
@@ -176,7 +191,7 @@ def test_09_backbone_gives_tokens_of_each_example_alone(name):
     row = ROWS[name]
     before, _, _ = one_step(name, 1, 1, 1)
     module, variables = row.objective.backbone(before.params, before.buffers)
-    x, y = (next(iter(row.batch(seed).values())) for seed in (0, 1))
+    x, y = (single(row.batch(seed)) for seed in (0, 1))
     encode = jax.jit(lambda x: module.apply(variables, x, train=False))
     tokens = encode(x)
     assert tokens.ndim == 3 and len(tokens) == BATCH

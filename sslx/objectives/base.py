@@ -2,8 +2,6 @@
 
 import abc
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from sslx.types import Array, Batch, Buffers, Metrics, Params, Tree
@@ -54,6 +52,20 @@ def views(x: Array) -> list[Array]:
     return [x[:, v] for v in range(x.shape[1])]
 
 
-def unit(x: Array) -> Array:
-    """Vectors of length one along the last axis; a zero vector stays zero."""
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
+def pair(objective: Objective, batch: Batch) -> Array:
+    """The image [B, 2, H, W, C] of a batch; raises ValueError for any other number of views."""
+    image, name = batch["image"], type(objective).__name__
+    if image.ndim != 5 or image.shape[1] != 2:
+        count = image.shape[1] if image.ndim == 5 else 1
+        made = "one view" if count == 1 else f"{count} views"
+        raise ValueError(
+            f"{name} reads image [B, 2, H, W, C] but got {list(image.shape)}: "
+            f"the recipe's views make {made}; use views.{name.lower()}(size)."
+        )
+    return image
+
+
+def variables(name: str, params: Params, stats: Tree) -> Tree:
+    """The variables of the submodule `name` of a net."""
+    own = {collection: tree[name] for collection, tree in stats.items() if name in tree}
+    return {"params": params[name], **own}
