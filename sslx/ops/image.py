@@ -243,8 +243,8 @@ def blur(
     mirrored image ("reflect": torchvision's). With sigma 0 an example stays exactly as it is.
 
     Shifted images are summed along one axis, then the other: a tenth of the arithmetic of banded
-    matrices at 224 pixels, and on two CPU cores 1.8 to 3.6 times as fast. Raises ValueError where `size`
-    is even or does not fit into the image.
+    matrices at 224 pixels, and on two CPU cores 1.8 to 3.6 times as fast.
+    Raises ValueError where `size` is even or does not fit into the image.
     """
     radius = size // 2
     if size % 2 == 0 or radius >= min(image.shape[1:3]):
