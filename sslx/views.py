@@ -168,7 +168,7 @@ class ColorJitter:
     recipe says which. Of one channel, saturation and hue change nothing.
 
     Only contrast reads more than a pixel: the mean of what came before it. So the other three are
-    put in random order and the contrast in a random place among them, and the whole is two passes
+    put in random order and the contrast in a random place among them, and two passes are enough
     over the image, one that ends in the mean and one that ends in the result. Within a pass every
     change is computed for every example; what it leaves out costs arithmetic, not memory.
     """
