@@ -1,6 +1,7 @@
 """ResNet equals transformers' in outputs, gradients and statistics; BatchNorm against float64."""
 
 import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
