@@ -72,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
 def mendable(error: Exception) -> bool:
     """Errors that carry their own advice, as opposed to bugs."""
     from sslx.checkpoint import CheckpointError
-    from sslx.train import Diverged, Interrupted
+    from sslx.signals import Interrupted
+    from sslx.train import Diverged
 
     return isinstance(error, ValueError | OSError | CheckpointError | Diverged | Interrupted)
 

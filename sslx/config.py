@@ -48,6 +48,19 @@ def how(default: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Alarm:
+    """What counts as collapse: `metric` below a bound for `patience` steps on end.
+
+    Methods that can collapse report `embedding_std`: 1 on an isotropic sphere, 0 on a point.
+    """
+
+    metric: str = "embedding_std"
+    below: float = 0.05
+    patience: int = 100
+    then: Literal["warn", "stop"] = "warn"
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that a run is. `batch_size` is global; steps count optimizer steps."""
 
@@ -61,6 +74,7 @@ class Config:
     seed: int = 0
     nonfinite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does
     evals: Mapping[str, Eval] = field(default_factory=dict, compare=False)
+    collapse: Alarm = how(Alarm())
     mesh: Mesh = how(Mesh())
     keep: Retention = how(Retention())
     log_every: int = how(50)

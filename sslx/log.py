@@ -130,6 +130,9 @@ class Log:
         if line and said and not self.console.is_terminal:
             self.console.print(f"step {step}/{self.steps}  {said}", highlight=False, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        log.warning("%s", text)
+
     def say(self, text: str) -> None:
         """A line above the bar."""
         self.console.print(text, highlight=False, soft_wrap=True)

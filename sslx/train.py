@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import queue
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from sslx.config import Config
 from sslx.log import Clock, Log, write_whole
 from sslx.ops.trees import norm
 from sslx.sharding import batch_sharding, check_batch, shardings
+from sslx.signals import Interrupted, Signals
 from sslx.types import Array, Batch, Buffers, Metrics, Params, Tree
 
 # What a step's key is folded with: one stream of random numbers for each use.
@@ -47,15 +47,8 @@ class Diverged(RuntimeError):
     """The loss or a gradient is not finite."""
 
 
-class Interrupted(RuntimeError):
-    """A signal ended the run early; `saved` is the newest checkpoint, usually of that very step."""
-
-    def __init__(self, signum: int, step: int, saved: int):
-        there = f"saved at step {step}" if saved == step else f"step {step} could not be saved"
-        start = "there" if saved == step else f"step {saved}"
-        name = signal.Signals(signum).name
-        super().__init__(f"{name}: {there}; the same command goes on from {start}.")
-        self.code = 128 + signum
+class Collapsed(Diverged):
+    """The embeddings of all examples have become one."""
 
 
 # ---- the step ----
@@ -224,9 +217,9 @@ def _raise(error: BaseException):
 def train(config: Config, run: Path) -> TrainState:
     """Train to `config.steps` in the directory `run`, from its newest good checkpoint if any.
 
-    Raises Interrupted after SIGTERM or Ctrl-C, with everything saved, Diverged when the loss is no
-    longer finite, with the newest checkpoint from before, and CheckpointError when the last step
-    could not be saved.
+    Raises Interrupted after SIGTERM or Ctrl-C, with everything saved; Diverged when the loss is no
+    longer finite, and Collapsed on request, with the newest checkpoint from before; CheckpointError
+    when the last step could not be saved.
     """
     run.mkdir(parents=True, exist_ok=True)
     mesh = check(config)
@@ -236,12 +229,13 @@ def train(config: Config, run: Path) -> TrainState:
             start, state = checkpoints.restore(abstract_state(config, mesh)) or (0, None)
             log = Log(run, config.steps, start)
             try:
-                watch = Watch(config, mesh, run, log, checkpoints)
-                state = watch.begin(start, state)
+                scores = Scores(config, mesh, run, log)
+                state = scores.begin(start, state)
                 if start >= config.steps:
                     log.say(f"{run} is complete: {start} of {config.steps} steps.")
                     return state
-                return loop(config, mesh, start, state, watch, signals)
+                watch = Watch(config, log, checkpoints)
+                return loop(config, mesh, start, state, watch, scores, signals)
             finally:
                 checkpoints.wait()
                 log.close()
@@ -249,7 +243,7 @@ def train(config: Config, run: Path) -> TrainState:
         checkpoints.close()
 
 
-def loop(config, mesh, start: int, state: TrainState, watch: "Watch", signals: "Signals"):
+def loop(config, mesh, start: int, state: TrainState, watch, scores, signals) -> TrainState:
     """Dispatch a step, then look at the one before; evals and saves lie between two steps."""
     step_fn, pending = jitted_step(config, mesh), None
     with feed(config, mesh, start) as (batches, dropped):
@@ -266,7 +260,8 @@ def loop(config, mesh, start: int, state: TrainState, watch: "Watch", signals: "
             if last or step % config.save_every == 0:
                 watch.checkpoints.save(step, state)
             if not stop and (last or step % config.eval_every == 0):
-                watch.evaluate(step, state)
+                scores.add(step, state)
+                watch.clock.read(0)
             if stop:
                 raise Interrupted(stop, step, watch.newest())
     if (newest := watch.newest()) < config.steps:
@@ -278,13 +273,11 @@ def loop(config, mesh, start: int, state: TrainState, watch: "Watch", signals: "
 
 
 class Watch:
-    """Looks at metrics once they have arrived: says them, and stops what has diverged."""
+    """Looks at metrics once they have arrived: says them, and stops what has gone wrong."""
 
-    def __init__(self, config: Config, mesh, run: Path, log: Log, checkpoints: Checkpoints):
+    def __init__(self, config: Config, log: Log, checkpoints: Checkpoints):
         self.config, self.log, self.checkpoints = config, log, checkpoints
-        self.mesh, self.path = mesh, run / "evals.json"
-        self.scores = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.clock, self.since, self.skipped = Clock(), 0, 0
+        self.clock, self.since, self.skipped, self.flat = Clock(), 0, 0, 0
 
     def see(self, step: int, metrics: Metrics, dropped: dict[str, str]) -> None:
         """One step's metrics, fetched here, while the next step is already under way."""
@@ -293,6 +286,7 @@ class Watch:
         finite = all(np.isfinite(values[name]) for name in FINITE)
         if not finite and self.config.nonfinite == "stop":
             raise Diverged(self.diagnosis(step, values))
+        self.collapse(step, values)
         self.since += 1
         if step > 1 and step % self.config.log_every and step != self.config.steps:
             return self.log.progress(step)
@@ -306,20 +300,63 @@ class Watch:
         self.log.progress(step, "  ".join(said), line=True)
 
     def diagnosis(self, step: int, values: dict[str, float]) -> str:
-        good = self.newest(step)
-        kept = f"the newest checkpoint from before is step {good}" if good else "nothing saved"
         said = ", ".join(f"{name} {values[name]:.4g}" for name in FINITE)
         return (
-            f"Step {step}: {said}; {kept}. "
+            f"Step {step}: {said}; {self.kept(step)}. "
             f"Lower the learning rate or clip gradients, or drop such steps: nonfinite=skip."
         )
+
+    def collapse(self, step: int, values: dict[str, float]) -> None:
+        """Warn, once, or stop when the embeddings of all examples have become one."""
+        alarm = self.config.collapse
+        self.flat = self.flat + 1 if values.get(alarm.metric, np.inf) < alarm.below else 0
+        if self.flat != alarm.patience:
+            return
+        text = (
+            f"Step {step}: {alarm.metric} {values[alarm.metric]:.2g} has been below {alarm.below} "
+            f"for {alarm.patience} steps, all embeddings are nearly one: the run has collapsed; "
+            f"{self.kept(step - alarm.patience)}. Look at the learning rate, the predictor and the "
+            f"target's decay, the views"
+        )
+        if alarm.then == "stop":
+            raise Collapsed(f"{text}; or go on with collapse.then=warn.")
+        self.log.warn(f"{text}; collapse.then=stop would end it here.")
+
+    def kept(self, step: int) -> str:
+        good = self.newest(step)
+        return f"the newest checkpoint from before is step {good}" if good else "nothing saved"
 
     def newest(self, before: int | None = None) -> int:
         """The newest checkpoint, once all is written, or the newest before a step; 0 for none."""
         self.checkpoints.wait()
         return max((s for s in self.checkpoints.steps() if before is None or s < before), default=0)
 
-    def evaluate(self, step: int, state: TrainState, name: str = "") -> None:
+
+class Scores:
+    """The evaluations of a run, in evals.json: those of random init first."""
+
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, run: Path, log: Log):
+        self.config, self.mesh, self.log, self.path = config, mesh, log, run / "evals.json"
+        self.known = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def begin(self, start: int, state: TrainState | None) -> TrainState:
+        """The state to go on from, after the evaluations that are missing: random init, once in a
+        run's life, and the step resumed from, if a stop came between its save and its evaluation.
+        """
+        config, names = self.config, ("random init", f"step {start}")
+        missing = np.asarray([bool(config.evals) and name not in self.known for name in names])
+        if jax.process_count() > 1:  # a shared disk may show its files unequal
+            missing = multihost_utils.broadcast_one_to_all(missing)
+        if state is None or missing[0]:
+            fresh = fresh_state(config, self.mesh)
+            self.add(0, fresh, "random init")
+        if state is None:
+            return fresh
+        if missing[1] and (start % config.eval_every == 0 or start >= config.steps):
+            self.add(start, state)
+        return state
+
+    def add(self, step: int, state: TrainState, name: str = "") -> None:
         """Run every eval, write its numbers and pictures, say them beside random init's."""
         if not self.config.evals:
             return
@@ -327,73 +364,18 @@ class Watch:
         values = evaluate(self.config, self.mesh, state)
         self.log.write(step, values)
         scores = {k: v for k, v in values.items() if not isinstance(v, np.ndarray)}
-        base = self.scores.get("random init", {})
-        self.scores[name or f"step {step}"] = scores
+        base = self.known.get("random init", {})
+        self.known[name or f"step {step}"] = scores
         if self.log.speaks:
             with self.log.forgiving(step, self.path.name):
-                write_whole(self.path, json.dumps(self.scores, indent=1) + "\n")
+                write_whole(self.path, json.dumps(self.known, indent=1) + "\n")
         said = [
             f"{k} {v:.4g}" + (f" ({base[k]:.4g})" if k in base else "") for k, v in scores.items()
         ]
         self.log.say(f"step {step}{' (random init)' * bool(base)}:  " + "  ".join(said))
-        self.clock.read(0)
-
-    def begin(self, start: int, state: TrainState | None) -> TrainState:
-        """The state to go on from, after the evaluations that are missing: random init, once in a
-        run's life, and the step resumed from, if a stop came between its save and its evaluation.
-        """
-        config, names = self.config, ("random init", f"step {start}")
-        missing = np.asarray([bool(config.evals) and name not in self.scores for name in names])
-        if jax.process_count() > 1:  # a shared disk may show its files unequal
-            missing = multihost_utils.broadcast_one_to_all(missing)
-        if state is None or missing[0]:
-            fresh = fresh_state(config, self.mesh)
-            self.evaluate(0, fresh, "random init")
-        if state is None:
-            return fresh
-        if missing[1] and (start % config.eval_every == 0 or start >= config.steps):
-            self.evaluate(start, state)
-        return state
 
 
 def evaluate(config: Config, mesh: jax.sharding.Mesh, state: TrainState) -> dict:
     """All numbers and pictures of all evals of `config` for a state on `mesh`."""
     given = (config.objective, state.params, state.buffers, config.views, batch_sharding(mesh))
     return {name: value for run in config.evals.values() for name, value in run(*given)}
-
-
-class Signals:
-    """SIGTERM and Ctrl-C, remembered until the step is over; a second one acts at once.
-
-    With several processes SIGTERM is jax's preemption service's: all agree on the step to stop at.
-    Ctrl-C is handed to it too.
-    """
-
-    def __init__(self):
-        self.signum = 0
-
-    def __enter__(self) -> "Signals":
-        self.alone = jax.process_count() == 1
-        here = threading.current_thread() is threading.main_thread()
-        caught = (signal.SIGTERM, signal.SIGINT) if self.alone else (signal.SIGINT,)
-        self.before = {s: signal.getsignal(s) for s in caught if here}
-        for signum in self.before:
-            signal.signal(signum, self.remember)
-        return self
-
-    def remember(self, signum: int, frame) -> None:
-        if self.signum:
-            raise KeyboardInterrupt
-        self.signum = signum
-        if not self.alone:
-            signal.raise_signal(signal.SIGTERM)
-
-    def received(self, step: int) -> int:
-        """The signal to stop for after `step`, or 0."""
-        if self.alone:
-            return self.signum
-        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
-
-    def __exit__(self, *exception) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)

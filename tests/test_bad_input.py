@@ -220,6 +220,17 @@ def test_params_that_overflow_under_a_good_loss_are_not_saved(tmp_path, capfd):
     assert steps(tmp_path) == []
 
 
+def test_a_collapsed_run_is_told_of_or_stopped(tmp_path, capfd):
+    alarm = ("collapse.metric=loss", "collapse.below=100", "collapse.patience=25")
+    assert train(TINY, *alarm, "--workdir", tmp_path / "warned") == 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert said.count("the run has collapsed") == 1 and "WARNING Step 25: loss 0." in said
+    assert train(TINY, *alarm, "collapse.then=stop", "--workdir", tmp_path / "stopped") == 1
+    *_, said = capfd.readouterr().err.splitlines()
+    assert said.startswith("sslx: Step 25: loss 0.") and "collapse.then=warn" in said
+    assert steps(tmp_path / "stopped") == [20]
+
+
 # ---- the disk ----
 
 
@@ -271,7 +282,7 @@ def test_a_full_disk_costs_what_is_not_yet_written(disk, eight, monkeypatch, cap
     else:
         assert "checkpoint of step 40 is lost" in said and "step 40/40" in said
         assert "nothing after step 20 is kept: make room" in said
-    # A short row may fit into the last page of its file; whatever does not is said to be lost, once.
+    # A short row may fit into its file's last page; what does not is said to be lost, once.
     lost = [int(step) for step in re.findall(r"metrics from step (\d+) on are lost", said)]
     assert len(lost) == said.count("are lost") <= 1
     written = [1, 5, 10, 15, 20, 25, 30] + [35, 40] * (not stop)

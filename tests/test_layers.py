@@ -15,7 +15,7 @@ LAYERS = """
 types
 ops
 schedules data sharding
-models optim views checkpoint log
+models optim views checkpoint log signals
 objectives
 config
 train

@@ -272,7 +272,7 @@ def test_the_step_keeps_the_shardings_of_the_state():
 
 
 class Watching:
-    """What `loop` needs of a Watch, noting the order of dispatches and looks."""
+    """What `loop` needs of a Watch and of Scores, noting the order of dispatches and looks."""
 
     def __init__(self, events):
         self.events, self.clock, self.checkpoints = events, self, self
@@ -288,8 +288,11 @@ class Watching:
     def save(self, step, state):
         self.events.append(f"save {step}")
 
-    def evaluate(self, step, state):
+    def add(self, step, state):
         self.events.append(f"evaluate {step}")
+
+    def read(self, steps):
+        assert steps == 0
 
     def newest(self):
         return 10**9
@@ -307,7 +310,8 @@ def test_the_loop_transfers_nothing_by_itself_and_looks_one_step_late():
         state = train.fresh_state(config, mesh)
         try:
             jax.config.update("jax_transfer_guard", "disallow")  # in the feeding thread as well
-            state = train.loop(config, mesh, 0, state, Watching(events), Quiet())
+            watching = Watching(events)
+            state = train.loop(config, mesh, 0, state, watching, watching, Quiet())
         finally:
             jax.config.update("jax_transfer_guard", "allow")
     assert int(state.step) == 5
