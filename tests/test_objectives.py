@@ -53,7 +53,8 @@ def worst(tree, other) -> float:
 
 @functools.cache
 def trained(name: str):
-    """Three steps on eight devices: states (as far as they live), metrics, compilations."""
+    """Three steps on eight devices: states (as far as they live), metrics, compilations; and the
+    compiled step with a fresh state, for others to use."""
     row, mesh, compiled = ROWS[name], mesh_of(1, 8, 1), []
 
     def listen(event, seconds, **_):
@@ -63,6 +64,7 @@ def trained(name: str):
     config = config_of(row)
     state = train.fresh_state(config, mesh)
     states, metrics = [state], []
+    fresh = jax.tree.map(jnp.copy, state)
     with jax.set_mesh(mesh):
         step = train.jitted_step(config, mesh)
         batches = [placed(row.batch(seed), mesh) for seed in range(3)]
@@ -73,7 +75,7 @@ def trained(name: str):
                 states, metrics = [*states, state], [*metrics, said]
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
-    return states, metrics, compiled
+    return states, metrics, compiled, (step, fresh)
 
 
 @every_row
@@ -98,7 +100,7 @@ def test_02_buffers_keep_their_kind(name):
 
 @every_row
 def test_03_three_steps_one_compilation(name):
-    states, metrics, compiled = trained(name)
+    states, metrics, compiled, _ = trained(name)
     assert len(compiled) == 1
     assert int(states[-1].step) == 3
     assert np.isfinite([float(said["loss"]) for said in metrics]).all()
@@ -118,10 +120,10 @@ def test_04_every_param_gets_a_gradient(name):
 @every_row
 def test_05_loss_falls_on_a_fixed_batch(name):
     row, mesh, losses = ROWS[name], mesh_of(1, 8, 1), []
-    config = config_of(row)
-    state = train.fresh_state(config, mesh)
+    *_, (step, fresh) = trained(name)
+    state = jax.tree.map(jnp.copy, fresh)
     with jax.set_mesh(mesh):
-        batch, step = placed(row.batch(0), mesh), train.jitted_step(config, mesh)
+        batch = placed(row.batch(0), mesh)
         for _ in range(25):
             state, said = step(state, batch)
             losses.append(float(said["loss"]))
@@ -162,7 +164,7 @@ def test_06_params_are_cut(name, shape):
 
 @every_row
 def test_07_a_prepared_state_can_be_donated(name):
-    states, _, _ = trained(name)
+    states, *_ = trained(name)
     for state in states[:-1]:
         kept = [
             path_of(keys)

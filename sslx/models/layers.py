@@ -154,29 +154,21 @@ class BatchNorm(nn.Module):
                     f"is zero, so that all outputs are equal: use a batch of two or more (in each "
                     f"micro-batch of `accumulate`), or train=False."
                 )
-            mean, var = moments(x, near=mean)
+            # Two readings of x. E[x^2] - E[x]^2 needs one, and has no digits left where the mean is
+            # large beside the deviation, as in a fresh projector; nor is the kept mean near enough.
+            axes = tuple(range(x.ndim - 1))
+            mean = x.mean(axes)
+            var = jnp.square(x - mean).mean(axes)
             if not self.is_initializing():
                 for kept, new in ((kept_mean, mean), (kept_var, var)):
                     kept.value = self.momentum * kept.value + (1 - self.momentum) * new
         scale = jax.lax.rsqrt(var + self.epsilon)
         if self.use_scale:
             scale = scale * self.param("scale", self.scale_init, width, jnp.float32)
-        shift = -mean * scale
+        y = (x - mean) * scale
         if self.use_bias:
-            shift = shift + self.param("bias", nn.initializers.zeros, width, jnp.float32)
-        return (x * scale + shift).astype(self.dtype)
-
-
-def moments(x: Float[Array, "*B D"], near: Float[Array, " D"]) -> tuple[Array, Array]:
-    """Mean and biased variance of every channel, from one reading of x.
-
-    E[x^2] - E[x]^2 loses all digits where the mean is large beside the deviation; taken from a
-    point `near` the mean, as the moving average is, it does not. Any point gives the same numbers.
-    """
-    near = jax.lax.stop_gradient(near)
-    axes = tuple(range(x.ndim - 1))
-    offset, square = (x - near).mean(axes), jnp.square(x - near).mean(axes)
-    return near + offset, jnp.maximum(square - jnp.square(offset), 0)
+            y = y + self.param("bias", nn.initializers.zeros, width, jnp.float32)
+        return y.astype(self.dtype)
 
 
 class Attention(nn.Module):
