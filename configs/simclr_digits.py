@@ -5,7 +5,12 @@
 1,437 images of 8 x 8 for pretraining; their labels, and the last 360 images, are for the probes
 alone. No paper publishes a number for it.
 
-Ours: no run yet.
+Measured 2026-11-20, two shared cores of an AMD EPYC, no accelerator, jax 0.10.2: 1 min 49 s.
+
+                 k-NN top-1   linear top-1
+    100 epochs      .933          .942
+    random init     .700          .783
+    raw pixels      .956          .886
 """
 
 from sslx.config import Config
