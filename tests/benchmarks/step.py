@@ -1,7 +1,7 @@
 """One training step, sslx beside a peer: seconds, images per second, ratio.
 
-    python tests/benchmarks/step.py [mae] [--variant S] [--batch 32] [--dtype float32]
-        [--device cpu|gpu] [--rounds 5] [--contenders sslx,eager,compiled]
+    python tests/benchmarks/step.py [mae|simclr|byol] [--variant S] [--size 224] [--batch 32]
+        [--dtype float32] [--device cpu|gpu] [--rounds 5] [--contenders sslx,eager,compiled]
 
 Each contender lives in a process of its own. Rounds alternate: in each, every contender in turn
 takes `--steps` steps while the others sleep. Medians over rounds; ratio is the peer's time by
@@ -58,7 +58,7 @@ def sizes(text):
     return tuple(map(int, text.split("x")))
 
 
-def sslx_step(args, objective, decode, views):
+def sslx_step(args, objective, decode, views, optimizer=None):
     import functools
 
     import jax
@@ -76,7 +76,7 @@ def sslx_step(args, objective, decode, views):
         objective=objective,
         data=Pipeline("never opened", decode),
         views=views,
-        optimizer=AdamW(Constant(1.5e-4), b2=0.95, weight_decay=0.05),
+        optimizer=optimizer or AdamW(Constant(1.5e-4), b2=0.95, weight_decay=0.05),
         steps=1,
         batch_size=args.batch,
     )
@@ -160,6 +160,192 @@ def torch_mae_compiled(args):
     return torch_mae(args, compiled=True)
 
 
+# ---- SimCLR and BYOL: a step takes uint8 pictures, makes two views of each, trains on them ----
+
+
+def sslx_views(args, objective, views):
+    from sslx.data.image import Image
+    from sslx.optim import SGD
+    from sslx.schedules import Constant
+
+    optimizer = SGD(Constant(0.03), weight_decay=5e-4, no_decay="")
+    return sslx_step(args, objective, Image(canvas(args)), views, optimizer)
+
+
+def sslx_simclr(args):
+    from sslx import views
+    from sslx.models.heads import Head
+    from sslx.objectives.simclr import SimCLR
+
+    seen = views.cifar(0.5) if args.size <= 32 else views.simclr(args.size)
+    return sslx_views(args, SimCLR(siamese(args, Head((512, 128)))), seen)
+
+
+def sslx_byol(args):
+    from sslx import views
+    from sslx.models.heads import Head
+    from sslx.objectives.byol import BYOL
+    from sslx.schedules import Constant
+
+    seen = views.cifar_asymmetric() if args.size <= 32 else views.byol(args.size)
+    head = Head((1024, 256))
+    return sslx_views(args, BYOL(siamese(args, head, head.clone()), Constant(0.99)), seen)
+
+
+def siamese(args, *heads):
+    import jax.numpy as jnp
+
+    from sslx.models.heads import Siamese
+    from sslx.models.resnet import CIFAR_STEM, IMAGENET_STEM, resnet
+
+    dtype = getattr(jnp, args.dtype)
+    stem = CIFAR_STEM if args.size <= 32 else IMAGENET_STEM
+    heads = (head.clone(dtype=dtype) for head in heads)
+    return Siamese(resnet(args.variant, stem=stem, dtype=dtype), *heads)
+
+
+def canvas(args):
+    """Side of the picture that crops are cut from."""
+    return args.size if args.size <= 32 else 256
+
+
+class Augmented:
+    """Two views of each picture by Pillow: what torchvision's transforms do, in worker processes.
+
+    Crop, flip, brightness, contrast, saturation (hue is left out: Pillow has none), gray, blur.
+    """
+
+    def __init__(self, size, side, blur):
+        import numpy as np
+
+        pictures = np.random.default_rng(0).integers(0, 256, (512, side, side, 3))
+        self.pictures, self.size, self.blur = pictures.astype("uint8"), size, blur
+
+    def __len__(self):
+        return 10**9
+
+    def __getitem__(self, i):
+        import PIL.Image
+        import torch
+
+        picture = PIL.Image.fromarray(self.pictures[i % len(self.pictures)])
+        return torch.stack([self.view(picture) for _ in range(2)])
+
+    def view(self, picture):
+        import math
+        import random
+
+        import numpy as np
+        import PIL.Image
+        import torch
+        from PIL import ImageEnhance, ImageFilter
+
+        side = picture.size[0]
+        area, aspect = random.uniform(0.08, 1) * side**2, math.exp(random.uniform(-0.288, 0.288))
+        w, h = (min(side, round(math.sqrt(x))) for x in (area * aspect, area / aspect))
+        x, y = random.randint(0, side - w), random.randint(0, side - h)
+        picture = picture.crop((x, y, x + w, y + h)).resize((self.size,) * 2, PIL.Image.BICUBIC)
+        if random.random() < 0.5:
+            picture = picture.transpose(PIL.Image.FLIP_LEFT_RIGHT)
+        if random.random() < 0.8:
+            changes = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+            random.shuffle(changes)
+            for change in changes:
+                picture = change(picture).enhance(random.uniform(0.6, 1.4))
+        if random.random() < 0.2:
+            picture = picture.convert("L").convert("RGB")
+        if random.random() < self.blur:
+            picture = picture.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))
+        array = np.asarray(picture, np.float32).transpose(2, 0, 1) / 255
+        return torch.from_numpy((array - 0.45) / 0.25)
+
+
+def torch_two_views(args, method):
+    """transformers' ResNet and the method around it, fed by a DataLoader."""
+    import copy
+
+    import torch
+    from torch.nn import functional as F
+    from transformers import ResNetConfig, ResNetModel
+
+    from sslx.models.resnet import BASIC, VARIANTS
+
+    device = {"gpu": "cuda", "cpu": "cpu"}[args.device]
+    kernels, depths = VARIANTS[args.variant]
+    kind, wide = ("basic", 1) if kernels == BASIC else ("bottleneck", 4)
+    widths = [64 * 2**i * wide for i in range(4)]
+    net = ResNetModel(ResNetConfig(layer_type=kind, depths=[*depths], hidden_sizes=widths))
+    if args.size <= 32:
+        net.embedder.embedder.convolution = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        net.embedder.pooler = torch.nn.Identity()
+
+    class Pooled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x).pooler_output.flatten(1)
+
+    def head(inputs, hidden, out):
+        layers = (torch.nn.Linear(inputs, hidden), torch.nn.BatchNorm1d(hidden), torch.nn.ReLU())
+        return torch.nn.Sequential(*layers, torch.nn.Linear(hidden, out))
+
+    sizes = {"simclr": (512, 128), "byol": (1024, 256)}[method]
+    online = torch.nn.Sequential(Pooled(), head(widths[-1], *sizes)).to(device).train()
+    predictor = head(sizes[1], *sizes).to(device).train()
+    slow = copy.deepcopy(online).requires_grad_(False)
+    params = [*online.parameters(), *(predictor.parameters() if method == "byol" else ())]
+    optimizer = torch.optim.SGD(params, 0.03, momentum=0.9, weight_decay=5e-4)
+    data = Augmented(args.size, canvas(args), 0.5 if args.size > 32 else 0.0)
+    workers = os.cpu_count() if args.device == "cpu" else max(1, os.cpu_count() - 1)
+    loader = torch.utils.data.DataLoader(
+        data, args.batch, num_workers=workers, pin_memory=args.device == "gpu", drop_last=True
+    )
+    batches = iter(loader)
+
+    def simclr(views):
+        z = F.normalize(online(views).float(), dim=1)
+        logits = (z @ z.T / 0.1).fill_diagonal_(-torch.inf)
+        return F.cross_entropy(logits, torch.arange(len(z), device=device).roll(len(z) // 2))
+
+    def byol(views):
+        one, two = views.chunk(2)
+        with torch.no_grad():
+            z = [F.normalize(slow(v).float(), dim=1) for v in (two, one)]
+        q = [F.normalize(predictor(online(v)).float(), dim=1) for v in (one, two)]
+        return sum((2 - 2 * (a * b).sum(1)).mean() for a, b in zip(q, z, strict=True))
+
+    loss_of = {"simclr": simclr, "byol": byol}[method]
+
+    def step():
+        views = next(batches).to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+        views = views.contiguous(memory_format=torch.channels_last)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss = loss_of(views)
+        loss.backward()
+        optimizer.step()
+        if method == "byol":
+            with torch.no_grad():
+                pairs = zip(slow.parameters(), online.parameters(), strict=True)
+                for still, moved in pairs:
+                    still.lerp_(moved, 0.01)
+        return loss.item()
+
+    return step, None
+
+
+def torch_simclr(args):
+    return torch_two_views(args, "simclr")
+
+
+def torch_byol(args):
+    return torch_two_views(args, "byol")
+
+
+# ---- all rows ----
+
 ROWS = {
     "mae": {
         "sslx": sslx_mae,
@@ -167,7 +353,11 @@ ROWS = {
         "eager": torch_mae,
         "compiled": torch_mae_compiled,
     },
+    "simclr": {"sslx": sslx_simclr, "eager": torch_simclr},
+    "byol": {"sslx": sslx_byol, "eager": torch_byol},
 }
+VARIANT = {"mae": "S", "simclr": "18", "byol": "18"}
+SIZE = {"mae": 224, "simclr": 32, "byol": 32}
 
 
 # ---- contenders, each in its process ----
@@ -215,10 +405,10 @@ def hear(process):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("row", nargs="?", default="mae", choices=ROWS)
-    parser.add_argument("--variant", default="S")
+    parser.add_argument("--variant", help="S, B, ... of ViT; 18, 50, ... of ResNet")
     parser.add_argument("--patch", type=int, default=16)
     parser.add_argument("--decoder", default="512x8x16", help="width x depth x heads")
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--size", type=int, help="of the views, in pixels")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--remat", default="dots")
@@ -228,6 +418,7 @@ def main():
     parser.add_argument("--contenders", help="some of the row's, by commas")
     parser.add_argument("--contender", help="run as this one, told over standard input")
     args = parser.parse_args()
+    args.variant, args.size = args.variant or VARIANT[args.row], args.size or SIZE[args.row]
     if args.contender:
         return contend(args)
     names = args.contenders.split(",") if args.contenders else list(ROWS[args.row])
@@ -254,7 +445,8 @@ def report(args, facts, times):
     device = next(iter(facts.values()))["device"]
     peak = next((tera for kind, tera in PEAK.items() if kind in device), None)
     peak = peak if args.dtype == "bfloat16" else None
-    print(f"{args.row} {args.variant}/{args.patch} {args.size} px, batch {args.batch},", end=" ")
+    patch = f"/{args.patch}" * (args.row == "mae")
+    print(f"{args.row} {args.variant}{patch} {args.size} px, batch {args.batch},", end=" ")
     print(f"{args.dtype}, {device}, {args.rounds} rounds of {args.steps} steps", end="")
     print(f", {flops / 1e9:,.0f} GFLOP a step" if flops else "")
     columns = ("", "s/step", "cpu s", "images/s", "TFLOP/s", "of peak", "peer/sslx", "warm-up s")
