@@ -189,6 +189,9 @@ def test_similarities_are_never_whole(capsys):
     assert relative(slopes[1], slopes[0]) < 1e-5
     assert memory[1] < memory[0] / 3
     assert memory[1] < 4 * 1024**2  # the matrix itself
+    assert (
+        relative(nt_xent(jnp.asarray(z), 0.1, 8), nt_xent(jnp.asarray(z), 0.1)) < 1e-5
+    )  # in order
 
 
 def test_on_a_mesh_no_device_has_all_similarities():
