@@ -605,7 +605,7 @@ TWO = """
     devices = np.asarray(jax.devices()).reshape(4, 2)
     mesh = Mesh(devices, ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     place = {"x": NamedSharding(mesh, P("a", "b")), "key": NamedSharding(mesh, P())}
-    draw = lambda k: {"x": jax.random.normal(k, (64, 32)), "key": k}
+    draw = lambda k: {"x": jax.random.bits(k, (64, 32)).astype("float32"), "key": k}
     make = jax.jit(lambda seed: draw(jax.random.key(seed)), out_shardings=place)
     leaf = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     abstract = jax.tree.map(leaf, jax.eval_shape(make, 0), place)
@@ -641,7 +641,7 @@ def test_two_processes_save_and_restore_and_one_restores_theirs(tmp_path):
         assert "start None" in text and "restored 3 True [3, 4]" in text, text
     assert "checkpoint skipped: step 4" in out[0] and "skipped" not in out[1]
     key = jax.random.key(3)
-    want = {"x": jax.random.normal(key, (64, 32)), "key": key}
+    want = {"x": jax.random.bits(key, (64, 32)).astype("float32"), "key": key}
     step, got = Checkpoints(tmp_path).restore(abstract(want))
     assert step == 3
     assert_equal(got, want)

@@ -62,7 +62,7 @@ def config(
         objective=Poisoned(ViT(16, 1, 2, patch=2), Decoder(16, 1, 2), poison=poison),
         data=Pipeline(data or Held("train"), decode, max_corrupt=0.1),
         views=mae(size, statistics=((0.3,), (0.37,))),
-        optimizer=AdamW(Constant(1e-3)),
+        optimizer=AdamW(Constant(1e-3), weight_decay=0.01),
         steps=steps,
         batch_size=batch_size,
         evals={"probes": Probes(*sets, on=(KNN(5), Health()), pairs=64)} if probes else {},
