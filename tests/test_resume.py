@@ -202,7 +202,7 @@ def test_two_processes_stop_together_and_one_goes_on(eight, tmp_path):
     both = two("train", TINY, "--workdir", path, "-", HELD_AFTER=HELD_AFTER, HELD=hold)
     try:
         held(both[0], path)
-        both[1].send_signal(signal.SIGTERM)  # a notice to one host
+        both[1].send_signal(signal.SIGINT)  # to one host, which hands it on as SIGTERM, a notice
         time.sleep(3)
         hold.unlink()
         said = [process.communicate(timeout=PATIENCE)[0] for process in both]

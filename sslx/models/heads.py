@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from sslx.models.layers import Dense
+from sslx.models.layers import BatchNorm, Dense
 from sslx.sharding import constrain
 from sslx.types import Array
 
@@ -33,11 +33,6 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D"], train: bool = False) -> Float[Array, "B P"]:
-        if train and len(x) == 1 and self.norm != "none":
-            raise ValueError(
-                "BatchNorm over a batch of 1 has no variance and makes every embedding the same: "
-                "use a larger batch_size, or fewer chunks or micro-batches (accumulate)."
-            )
         for i, width in enumerate(self.widths):
             last = i + 1 == len(self.widths)
             axes = ("mlp", "embed") if i % 2 else ("embed", "mlp")
@@ -52,15 +47,7 @@ class Head(nn.Module):
             )(x)
             x = constrain(x, "batch", None if i % 2 or last else "mlp")
             if here[self.norm]:
-                x = nn.BatchNorm(
-                    use_running_average=not train,
-                    momentum=0.9,
-                    epsilon=1e-5,
-                    use_bias=not last,
-                    use_fast_variance=False,
-                    dtype=self.dtype,
-                    name=f"norm{i}",
-                )(x)
+                x = BatchNorm(use_bias=not last, dtype=self.dtype, name=f"norm{i}")(x, train)
             x = x if last else nn.relu(x)
         return x
 
