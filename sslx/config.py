@@ -175,7 +175,8 @@ def _replaced(value: Any, rest: list[str], path: str, text: str, hint: Any = Non
 
 
 def parse(current: Any, name: str, text: str, hint: Any = None) -> Any:
-    """`text` as a value of the type of `current`: 1e4 is a whole number where one is wanted.
+    """`text` as a value of the type of `current`: 1e4 is a whole number where one is wanted, the
+    name of a function is that of one beside it.
 
     `hint`, an annotation, may allow more: None, a string in place of a value, one of a few words.
     """
@@ -191,6 +192,11 @@ def parse(current: Any, name: str, text: str, hint: Any = None) -> Any:
         if not _is_dtype(dtype := getattr(jnp, text, None)):
             raise ConfigError(f"{name}={text}: no such dtype; use float32 or bfloat16.")
         return dtype
+    if inspect.isfunction(current):
+        named = {k: f for k, f in vars(inspect.getmodule(current)).items() if inspect.isfunction(f)}
+        if text not in named:
+            raise unknown(text, named, name)
+        return named[text]
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -69,10 +69,10 @@ class MultiCrop:
     """Views of two sizes: image [B, V, S, S, C] and local [B, L, s, s, C], other leaves kept."""
 
     whole: Stack
-    local: Stack
+    part: Stack
 
     def __call__(self, key: Array, batch: Batch) -> Batch:
-        local = self.local(jax.random.fold_in(key, 1), batch)["image"]
+        local = self.part(jax.random.fold_in(key, 1), batch)["image"]
         return {**self.whole(jax.random.fold_in(key, 0), batch), "local": local}
 
 

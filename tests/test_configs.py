@@ -15,7 +15,17 @@ from contract import ROWS, config_of
 from flax import linen as nn
 
 from sslx.checkpoint import Retention
-from sslx.config import ConfigError, Recipe, difference, lines, load, override, parse, printed
+from sslx.config import (
+    Alarm,
+    ConfigError,
+    Recipe,
+    difference,
+    lines,
+    load,
+    override,
+    parse,
+    printed,
+)
 from sslx.models.vit import vit
 from sslx.schedules import Constant, Warmup
 from sslx.sharding import Mesh
@@ -264,6 +274,7 @@ class Silent:
 
 
 HOW = {
+    "collapse": Alarm(then="stop"),
     "evals": {"none": Silent()},
     "mesh": Mesh(fsdp=4, tensor=2),
     "keep": Retention(last=9),

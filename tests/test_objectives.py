@@ -276,7 +276,7 @@ class Fragile(Follow):
 @pytest.mark.parametrize("pixel", [np.nan, 101.0], ids=["loss", "gradient alone"])
 @pytest.mark.parametrize("nonfinite", ["skip", "stop"])
 def test_nonfinite_step(nonfinite, pixel):
-    """skip: params, moments and buffers bit-equal, the step counted; stop: it is the loop's."""
+    """skip: params, moments and buffers bit-equal, steps counted on; stop: it is the loop's."""
     row, mesh = replace(ROWS["Follow"], objective=Fragile()), mesh_of(1, 2, 1)
     config = config_of(row, nonfinite=nonfinite)
     bad = {"image": row.batch(0)["image"].copy()}
@@ -294,7 +294,10 @@ def test_nonfinite_step(nonfinite, pixel):
         if nonfinite == "stop":
             assert "skipped" not in second and not np.isfinite(after[0]["w"]).all()
             return
-        jax.tree.map(np.testing.assert_array_equal, after, before)
+        jax.tree.map(np.testing.assert_array_equal, after[::2], before[::2])
+        for now, then in zip(*(jax.tree.leaves(x[1]) for x in (after, before)), strict=True):
+            counts = np.issubdtype(now.dtype, np.integer)  # of Adam, of its schedule
+            np.testing.assert_array_equal(now, then + 1 if counts else then)
         state, third = step(state, good)
         assert [int(said["skipped"]) for said in (first, second, third)] == [0, 1, 0]
         assert worst(jax.device_get(state.params), before[0]) > 1e-4

@@ -366,7 +366,7 @@ def links_of(recipe, kind) -> list[list]:
     """The links of a kind in every chain of a recipe's train views."""
     train = recipe.train
     chains = (
-        (*train.whole.chains, *train.local.chains) if isinstance(train, MultiCrop) else train.chains
+        (*train.whole.chains, *train.part.chains) if isinstance(train, MultiCrop) else train.chains
     )
     return [[link for link in chain.links if isinstance(link, kind)] for chain in chains]
 
