@@ -246,6 +246,18 @@ def test_large_text_files_are_cut_at_lines_and_nothing_is_lost(tmp_path):
         assert tally.counts == {"documents": 3 * documents}
 
 
+def test_large_row_groups_are_cut_at_rows(tmp_path):
+    documents = [prose(i, 30) for i in range(50)]
+    for rows in (50, 13):
+        pq.write_table(pa.table({"text": documents}), tmp_path / "a.parquet", row_group_size=rows)
+        stretches = text.spans(f"{tmp_path}/a.parquet", 500)
+        assert len(stretches) >= 8
+        tally = text.Tally()
+        assert [t for s in stretches for t, _ in text.texts(s, tally)] == documents
+        names = [name for s in stretches for name, _ in text.parquet_rows(s, ("text",))]
+        assert names == [f"{tmp_path}/a.parquet#{i}" for i in range(50)]
+
+
 def test_interrupted_it_goes_on_and_keeps_what_is_finished(corpus, done, tmp_path):
     out = tmp_path / "out"
     options = {"length": L, "part": 3000, "tokenizer": done, "workers": 0}
@@ -473,7 +485,7 @@ def test_bad_files_and_rows_are_counted_and_named(tmp_path, done):
         "fake.jsonl.gz": "is damaged, what comes before is kept: Not a gzipped",
         "fake.parquet": "is not Parquet",
         "column.parquet": "has no column `text` of strings, only body: string",
-        "bytes.parquet#0:1": "is damaged: 'utf-8' codec",
+        "bytes.parquet#1": "is damaged: 'utf-8' codec",
         "notes.pdf": "is none of .txt",
     }
     assert dropped.keys() == reasons.keys()
