@@ -1,7 +1,7 @@
 """Raw text -> windows of tokens, once; windows -> batches, as often as training likes.
 
     plan       files are cut into parts of about equal size: whole small files, byte ranges of large
-               ones (a line belongs to where it begins), row groups of Parquet
+               ones (a line belongs to where it begins), rows of Parquet
     write      each part becomes one shard, alone: so parts run in any process, on any host, in any
                order, and a part that is written need not be written again
     finish     when every shard is there, a manifest says what they hold
@@ -36,7 +36,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,10 +58,9 @@ NAMES = {  # of a Vocabulary's fields: BERT's, RoBERTa's
     "end": ("[SEP]", "</s>"),
     "mask": ("[MASK]", "<mask>"),
 }
-PART = (
-    64 << 20
-)  # bytes of a part; doubled until there are at most PARTS, as readers keep files open
-PARTS = 512
+PART = 8 << 20  # bytes of a part; doubled until there are at most PARTS
+PARTS = 512  # readers keep as many files open
+GROUP = 8  # parts of a row group at most: each reads it from its beginning
 SAMPLE = 1 << 30  # characters that a tokenizer is trained on, spread over the corpus
 ALPHABET = 1000  # characters of WordPiece, the most frequent ones; others are unknown
 SHORTEST = 16  # positions of a window below which a document is not begun that must be cut
@@ -204,7 +203,7 @@ def tokenizer_file(path: str) -> str:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a file: bytes, or row groups of Parquet. `size` is about its bytes of text."""
+    """A stretch of a file: bytes, or rows of Parquet. `size` is about its bytes of text."""
 
     path: str
     begin: int
@@ -261,9 +260,14 @@ def spans(path: str, size: int) -> list[Span]:
         columns = ", ".join(f"{c.name}: {c.type}" for c in schema)
         raise DataError(f"has no column `text` of strings, only {columns}")
     leaves = [footer.schema.column(i).path for i in range(footer.num_columns)]
-    groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
-    sizes = [group.column(leaves.index("text")).total_uncompressed_size for group in groups]
-    return [Span(path, g, g + 1, size) for g, size in enumerate(sizes)] or [Span(path, 0, 0, 0)]
+    found, at = [], 0
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        n, held = group.num_rows, group.column(leaves.index("text")).total_uncompressed_size
+        few = max(1, min(n, GROUP, -(-held // size)))
+        cuts = [at + n * i // few for i in range(few + 1)]
+        found += [Span(path, *ends, held // few) for ends in pairwise(cuts)]
+        at += n
+    return found or [Span(path, 0, 0, 0)]
 
 
 def first(span: Span) -> int:
@@ -376,24 +380,26 @@ def parquet_rows(span: Span, columns) -> Iterator[tuple[str, Any]]:
     arrow, reader = needs("pyarrow", "pyarrow"), needs("pyarrow.parquet", "pyarrow").ParquetFile
     with reader(span.path, buffer_size=BLOCK, pre_buffer=False) as file:
         columns = [c for c in columns if c in file.schema_arrow.names]
-        for group in range(span.begin, span.end):
-            at = 0
-            count = max(1, file.metadata.row_group(group).num_rows)
-            few = max(1, min(1024, 4 * BLOCK * count // max(1, span.size)))
-            batches = file.iter_batches(few, [group], columns, use_threads=False)
+        few = max(1, min(1024, 4 * BLOCK * (span.end - span.begin) // max(1, span.size)))
+        ends = accumulate(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))
+        for group, (at, end) in enumerate(pairwise(chain([0], ends))):
+            if end <= span.begin or at >= span.end:
+                continue
             try:
-                for batch in batches:
-                    for i in range(batch.num_rows):
+                for batch in file.iter_batches(few, [group], columns, use_threads=False):
+                    for i in range(max(0, span.begin - at), min(batch.num_rows, span.end - at)):
                         try:
                             row = {c: batch.column(c)[i].as_py() for c in columns}
                         except UnicodeDecodeError as error:
                             row = error
-                        yield f"{span.path}#{group}:{at}", row
-                        at += 1
+                        yield f"{span.path}#{at + i}", row
+                    at += batch.num_rows
+                    if at >= span.end:
+                        break
             except (arrow.ArrowInvalid, OSError) as error:  # pages that do not unpack
                 if getattr(error, "errno", None):
                     raise
-                yield f"{span.path}#{group}", error
+                yield f"{span.path}#{at}", error
 
 
 def texts(span: Span, tally: Tally) -> Iterator[tuple[str, bool]]:
