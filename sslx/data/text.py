@@ -528,23 +528,11 @@ class Job:
     @functools.cached_property
     def plan(self) -> tuple[list[list[Span]], dict[str, str]]:
         """The parts, and the files that are in none, with the reason."""
-        paths = files(self.source)
-        total, size = sum(map(os.path.getsize, paths)), self.part or PART
-        while self.part is None and total > PARTS * size:
+        paths, size = files(self.source), self.part or PART
+        parts, dropped = partition(paths, size)
+        while self.part is None and len(parts) > PARTS:
             size *= 2
-        parts, filled, dropped = [[]], 0, {}
-        for path in paths:
-            try:
-                stretches = spans(path, size)
-            except DataError as error:
-                dropped[path] = str(error)
-                continue
-            for span in stretches:
-                if parts[-1] and filled + span.size > size:
-                    parts.append([])
-                    filled = 0
-                parts[-1].append(span)
-                filled += span.size
+            parts, dropped = partition(paths, size)
         return parts, dropped
 
     @property
@@ -648,6 +636,24 @@ class Job:
                     break
 
 
+def partition(paths: list[str], size: int) -> tuple[list[list[Span]], dict[str, str]]:
+    """Consecutive spans of together at most `size`, and the files that cannot be read."""
+    parts, filled, dropped = [[]], 0, {}
+    for path in paths:
+        try:
+            stretches = spans(path, size)
+        except DataError as error:
+            dropped[path] = str(error)
+            continue
+        for span in stretches:
+            if parts[-1] and filled + span.size > size:
+                parts.append([])
+                filled = 0
+            parts[-1].append(span)
+            filled += span.size
+    return parts, dropped
+
+
 COUNTS = ("documents", "tokens", "unknown", "windows", "segments", "empty", "dropped")
 
 
@@ -676,20 +682,7 @@ def tokenize(
         raise DataError(f"process {index} of {count}: processes count from 0")
     if count > 1 and tokenizer is None:
         raise DataError("several processes need one tokenizer: train it first, then --tokenizer F")
-    if tokenizer is None:
-        size = vocabulary_size or {"wordpiece": 30_522, "bpe": 50_265}[kind]
-        asked = {"kind": kind, "vocabulary_size": size}
-    else:
-        vocabulary(tokenizer)  # has a mask token, before anything is written
-        data = Path(tokenizer_file(tokenizer)).read_bytes()
-        asked = {"tokenizer": digest(data)}
-    claim(job, asked)
-    home = Path(job.out) / "tokenizer.json"
-    if tokenizer is not None:
-        write_whole(home, data)
-    elif not home.exists():
-        trained = train_tokenizer(job.sample, size, kind)
-        write_whole(home, trained.to_str(pretty=True).encode())
+    prepare(job, vocabulary_size, tokenizer, kind)
     todo = range(index, len(job.parts), count)
     sizes = {k: sum(span.size for span in job.parts[k]) for k in todo}
     left = [k for k in todo if job.done(k) is None]
@@ -702,6 +695,26 @@ def tokenize(
         said,
     )
     return job.finish()
+
+
+def prepare(
+    job: Job,
+    vocabulary_size: int | None = None,
+    tokenizer: str | None = None,
+    kind: Kind = "wordpiece",
+) -> None:
+    """Make the folder and its tokenizer.json: copied from `tokenizer`, else trained."""
+    home = Path(job.out) / "tokenizer.json"
+    if tokenizer is not None:
+        vocabulary(tokenizer)  # has a mask token, before anything is written
+        data = Path(tokenizer_file(tokenizer)).read_bytes()
+        claim(job, {"tokenizer": digest(data)})
+        write_whole(home, data)
+        return
+    size = vocabulary_size or {"wordpiece": 30_522, "bpe": 50_265}[kind]
+    claim(job, {"kind": kind, "vocabulary_size": size})
+    if not home.exists():
+        write_whole(home, train_tokenizer(job.sample, size, kind).to_str(pretty=True).encode())
 
 
 def claim(job: Job, asked: dict[str, Any]) -> None:
