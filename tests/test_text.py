@@ -576,12 +576,16 @@ def test_a_shard_deleted_or_truncated_is_named_and_written_again(corpus, done, c
     assert bytes_of(copied) == bytes_of(done)
 
 
-def test_another_tokenizer_is_seen(copied):
+def test_another_tokenizer_is_seen(corpus, copied):
     found = library(copied)
     found.add_tokens(["birds"])
     found.save(f"{copied}/tokenizer.json")
     with pytest.raises(DataError, match="is not the tokenizer that these windows were written"):
         sources.open(f"tokens:{copied}")
+    tokenize(str(corpus), str(copied), vocabulary_size=80, length=L, part=3000, workers=0)
+    source = sources.open(f"tokens:{copied}")  # all written again
+    expected = [id for d in DOCUMENTS for id in found.encode(d, add_special_tokens=False).ids]
+    assert list(chain(*(ids for _, ids in documents_in(source)))) == expected
 
 
 def test_what_does_not_fit_is_said_before_any_record_is_read(done, corpus):

@@ -198,6 +198,10 @@ def tokenizer_file(path: str) -> str:
     return file
 
 
+def tokenizer_digest(path: str) -> str:
+    return digest(Path(tokenizer_file(path)).read_bytes())
+
+
 # ---- reading ----
 
 
@@ -558,13 +562,14 @@ class Job:
             return None
         about, file = json.loads(about.read_text()), self.shard(k)
         size = file.stat().st_size if file.exists() else 0
-        return about if size == about["bytes"] else None
+        same = size == about["bytes"] and about["tokenizer"] == tokenizer_digest(self.out)
+        return about if same else None
 
     def write(self, k: int, said: Callable[[int], None] = lambda count: None) -> None:
         """Write part k as a shard, under another name until it is whole. Memory stays flat."""
         tally, ids = Tally(), tokenizer(self.out)
         special, part = vocabulary(self.out), self.parts[k]
-        told = 0
+        told, size = 0, sum(span.size for span in part)
 
         def encoded():
             nonlocal told
@@ -576,7 +581,7 @@ class Job:
                     tally.counts["tokens"] += len(found)
                     tally.counts["unknown"] += int((found == special.unknown).sum())
                     yield found, begins
-                count = sum(len(text) for text, _ in batch)
+                count = min(size - told, sum(len(text) for text, _ in batch))
                 told += count
                 said(count)
 
@@ -592,9 +597,14 @@ class Job:
             file.close()
             verify(new, tally.counts["windows"])
             new.replace(path)
-        said(sum(span.size for span in part) - told)
-        about = {"bytes": path.stat().st_size if file else 0, "counts": dict(tally.counts)}
-        write_json(path.with_suffix(".json"), about | {"dropped": tally.dropped})
+        said(size - told)
+        about = {
+            "bytes": path.stat().st_size if file else 0,
+            "tokenizer": tokenizer_digest(self.out),
+            "counts": dict(tally.counts),
+            "dropped": tally.dropped,
+        }
+        write_json(path.with_suffix(".json"), about)
 
     def finish(self) -> dict[str, Any] | None:
         """Write and return the manifest, or None while parts are missing."""
@@ -616,7 +626,7 @@ class Job:
         manifest = {
             **self.settings(),
             "vocabulary": asdict(special),
-            "tokenizer": digest(Path(tokenizer_file(self.out)).read_bytes()),
+            "tokenizer": tokenizer_digest(self.out),
             "counts": {name: counts[name] for name in COUNTS},
             "shards": shards,
             "dropped": dropped,
@@ -759,10 +769,12 @@ def run(job: Job, left: list[int], done: int, total: int, workers: int | None, s
         for worker in crew:
             worker.start()
     try:
-        while any(worker.is_alive() for worker in crew):
+        alive = True
+        while alive:
             for worker in crew:
                 worker.join(0.1 / workers)
-            said(min(told.value, total), total)
+            alive = any(worker.is_alive() for worker in crew)
+            said(told.value, total)
             if not errors.empty():
                 raise errors.get()
             if any(worker.exitcode for worker in crew):
@@ -885,7 +897,7 @@ class Tokens(Source):
                     f"{path} {state}: copy it again, or run the same `sslx tokenize` again, which "
                     "writes only what is not there"
                 )
-        if digest(Path(tokenizer_file(self.folder)).read_bytes()) != self.manifest["tokenizer"]:
+        if tokenizer_digest(self.folder) != self.manifest["tokenizer"]:
             raise DataError(
                 f"{tokenizer_file(self.folder)} is not the tokenizer that these windows were "
                 "written with: put that one back, or tokenize again"
