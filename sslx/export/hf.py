@@ -27,7 +27,7 @@ from sslx.export import keymaps
 from sslx.export.keymaps import HF_MAE, HF_POSITIONS, Arrays, listed, positions, sizes
 from sslx.models.layers import Gelu, LayerNorm, Normal
 from sslx.models.resnet import BASIC, BOTTLENECK, IMAGENET_STEM, ResNet, expansion
-from sslx.models.text import TextEncoder
+from sslx.models.text import MaskedLM, TextEncoder
 from sslx.models.transformer import Form
 from sslx.models.vit import ViT
 from sslx.objectives.base import Objective
@@ -267,6 +267,11 @@ def save_text(
     if not isinstance(encoder, TextEncoder):
         raise ValueError(f"Only a TextEncoder is exported as text, not {type(encoder).__name__}.")
     kind, whole = _text_kind(encoder), isinstance(objective, MLM)
+    if whole and (objective.net.gelu or encoder.form.gelu) != _head(kind, encoder.form.gelu):
+        raise ValueError(
+            f"The GELU of {CLASSES[kind][0]}'s head is {_head(kind, encoder.form.gelu)!r} where "
+            f"that of the encoder is {encoder.form.gelu!r}: no other head can be exported."
+        )
     table, tree = keymaps.HF_TEXT[kind], dict(params) if whole else {}
     tree["encoder"] = variables["params"]
     if not whole:
@@ -281,11 +286,11 @@ def save_text(
         shutil.copyfile(Path(tokenizer) / "tokenizer.json", directory / "tokenizer.json")
 
 
-def load_text(directory: Path | str) -> tuple[TextEncoder, Params]:
-    """A Hugging Face BERT or RoBERTa as our encoder, and the params of `MaskedLM(encoder)`.
+def load_text(directory: Path | str) -> tuple[MaskedLM, Params]:
+    """A Hugging Face BERT or RoBERTa as our net and its params.
 
-    Of a checkpoint without a head they are those of `encoder` alone. The pooler and the head for pairs of sentences are
-    left out. Raises ValueError with the reason when the checkpoint is not one that ours computes.
+    A checkpoint without a head gives those of `encoder` alone. The pooler and the head for pairs of
+    sentences are left out. Raises ValueError with the reason when it is not one that ours computes.
     """
     directory = Path(directory)
     kind = _kind(directory)
@@ -326,7 +331,13 @@ def load_text(directory: Path | str) -> tuple[TextEncoder, Params]:
                 f"The table of {name} vectors has {found} rows and config.json says {count}: the "
                 f"weights are those of another model."
             )
-    return encoder, params
+    head = _head(kind, form.gelu)
+    return MaskedLM(encoder, None if head == form.gelu else head), params
+
+
+def _head(kind: str, gelu: Gelu) -> Gelu:
+    """The head's GELU in transformers: BERT's as the encoder's, RoBERTa's exact in any case."""
+    return gelu if kind == "bert" else "erf"
 
 
 def _text_kind(encoder: TextEncoder) -> str:

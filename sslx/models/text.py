@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from sslx.models.layers import Dense, LayerNorm, Normal, Table
+from sslx.models.layers import Dense, Gelu, LayerNorm, Normal, Table
 from sslx.models.transformer import Form, Remat, Transformer
 from sslx.sharding import constrain
 from sslx.types import Array
@@ -114,6 +114,7 @@ class Head(nn.Module):
 
     words: int
     form: Form
+    gelu: Gelu
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -122,7 +123,7 @@ class Head(nn.Module):
     ) -> Float[Array, "*B V"]:
         form, width = self.form, x.shape[-1]
         x = Dense(width, ("embed", None), kernel_init=form.init, dtype=self.dtype, name="dense")(x)
-        x = jax.nn.gelu(x, approximate=form.gelu == "tanh")
+        x = jax.nn.gelu(x, approximate=self.gelu == "tanh")
         x = LayerNorm(form.epsilon, self.dtype, name="norm")(x)
         named = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
         return compare(x) + self.param("bias", named, (self.words,), jnp.float32)
@@ -135,10 +136,11 @@ class MaskedLM(nn.Module):
     """
 
     encoder: TextEncoder
+    gelu: Gelu | None = None  # the head's, where it is not the encoder's
 
     def setup(self):
         of = self.encoder
-        self.head = Head(of.vocabulary.size, of.form, of.dtype)
+        self.head = Head(of.vocabulary.size, of.form, self.gelu or of.form.gelu, of.dtype)
 
     def __call__(
         self,
