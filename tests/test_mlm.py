@@ -1,5 +1,6 @@
 """Masked language modeling: parity with transformers, masks, isolation, checkpoints both ways."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -11,10 +12,14 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from sslx.export import hf
+from sslx.models import layers
 from sslx.models.text import BERT_FORM, ROBERTA_FORM, MaskedLM, TextEncoder
-from sslx.objectives.mlm import MLM
+from sslx.objectives.mlm import MLM, Masking
+from sslx.ops import masks
 from sslx.ops.losses import masked_cross_entropy
-from sslx.vocabulary import Vocabulary
+from sslx.optim import BERTAdam
+from sslx.schedules import Polynomial, Warmup
+from sslx.vocabulary import Continuations, Vocabulary
 
 REASON = "NOT CHECKED: parity of BERT and RoBERTa with transformers (pip install sslx[hf])"
 WORDS = Vocabulary(97)
@@ -172,3 +177,346 @@ def test_equals_transformers(torch, transformers, exact, name, tmp_path):
     at = max(worst, key=worst.get)
     print(f"{name}: logits {worst['logits']:.1e}, at most {worst[at]:.1e}, {at}")
     assert worst[at] < 1e-4, at
+
+
+# ---- what is hidden ----
+
+MANY = 800  # windows of 128: 1e5 tokens
+ALL = Vocabulary(1000, pad=0, unknown=100, start=101, end=102, mask=103)
+
+
+def texts(vocabulary, examples=MANY, length=128, seed=0):
+    """Windows of one to three documents, some with padding; every special id also in the text."""
+    r = np.random.default_rng(seed)
+    tokens = r.integers(vocabulary.size, size=(examples, length))
+    segments = 1 + (np.arange(length) >= r.integers(20, 60, (examples, 1)))
+    segments += np.arange(length) >= r.integers(70, 128, (examples, 1))
+    segments *= np.arange(length) < r.choice([128, 128, 100, 50, 3], (examples, 1))
+    tokens[segments == 0] = vocabulary.pad
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
+
+
+def hidden(masking, key=0, vocabulary=ALL):
+    """Tokens, segments, masked tokens and a boolean of what is predicted, as numpy."""
+    tokens, segments = texts(vocabulary)
+    run = jax.jit(lambda key: masking(key, tokens, segments, vocabulary))
+    masked, places, weight = map(np.asarray, run(jax.random.key(key)))
+    assert places.shape == weight.shape == (MANY, masking.most)
+    assert all(len(set(row)) == masking.most for row in places)
+    chosen = np.zeros(tokens.shape, bool)
+    np.put_along_axis(chosen, places, weight > 0, 1)
+    assert chosen.sum() == weight.sum()
+    return np.asarray(tokens), np.asarray(segments), masked, chosen
+
+
+def close(count, n, p):
+    """Whether a count of n trials is within five deviations of a binomial's mean."""
+    return abs(count - n * p) < 5 * math.sqrt(n * p * (1 - p)) + 1e-9
+
+
+LARGE = Masking(most=20)
+EVEN = Continuations.of(np.arange(1000) % 2 == 1)  # every odd id goes on with the word before
+UNITS = {
+    "BERT": LARGE,
+    "RoBERTa": Masking(most=21, count="random", swaps="ordinary"),
+    "words": replace(LARGE, unit="words", words=EVEN),
+    "spans": replace(LARGE, unit="spans", words=EVEN),
+    "spans of tokens": replace(LARGE, unit="spans"),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_what_is_masked(name):
+    """Special tokens and padding never; 80/10/10 of the rest, within five deviations."""
+    masking = UNITS[name]
+    tokens, segments, masked, chosen = hidden(masking)
+    special = np.isin(tokens, ALL.special) | (segments == 0)
+    assert not (chosen & special).any() and special.sum() > 1000
+    assert np.array_equal(masked[~chosen], tokens[~chosen])
+
+    n = chosen.sum()
+    assert n > 10_000
+    now, before = masked[chosen], tokens[chosen]
+    swapped, kept = (now != ALL.mask) & (now != before), now == before
+    spans = masking.unit == "spans"  # one fate for a span of 3.8 words of 2: fewer trials
+    n, scale = (n // 16, 16) if spans else (n, 1)
+    size = ALL.size if masking.swaps == "all" else ALL.size - len(ALL.special)
+    assert close((now == ALL.mask).sum() / scale, n, 0.8 + 0.1 / size)
+    assert close(swapped.sum() / scale, n, 0.1 * (size - 2) / size)
+    assert close(kept.sum() / scale, n, 0.1 + 0.1 / size)
+    new = np.bincount(now[swapped], minlength=ALL.size)
+    if masking.swaps == "all":
+        assert new[list(ALL.special)].sum() > 0
+    else:
+        assert not new[list(ALL.special)].any()
+    assert new[-1] > 0 and (new > 0).mean() > 0.5
+
+    again = hidden(masking)
+    assert np.array_equal(again[2], masked) and np.array_equal(again[3], chosen)
+    assert not np.array_equal(hidden(masking, key=1)[3], chosen)
+
+
+def test_counts_are_bert_s():
+    """As Google's code has it, window by window; every allowed place is as likely."""
+    tokens, segments, _, chosen = hidden(LARGE)
+    allowed = ~np.isin(tokens, ALL.special) & (segments > 0)
+    for row, free, of in zip(chosen, allowed, segments, strict=True):
+        length = int((of > 0).sum())
+        assert row.sum() == min(int(free.sum()), min(20, max(1, int(round(length * 0.15)))))
+    full = (segments > 0).all(1)
+    share = chosen[full].sum() / allowed[full].sum()
+    for place in range(0, 128, 8):
+        at = allowed[full][:, place]
+        assert close(chosen[full][at][:, place].sum(), at.sum(), share)
+    halves = [int(c) for c in masks.rounded(jnp.array([10, 30, 50, 70, 90]), 0.15, 99, 128)]
+    assert halves == [2, 4, 8, 10, 14]  # 1.5, 4.5, 7.5, 10.5 (10.499999), 13.5: Python's round
+
+
+def test_counts_are_roberta_s():
+    """fairseq's int(share * length + uniform): the floor or one more, right on average."""
+    masking = UNITS["RoBERTa"]
+    tokens, segments, _, chosen = hidden(masking)
+    full = (segments > 0).all(1)
+    counts = chosen[full].sum(1)
+    assert set(counts) == {19, 20}
+    assert close((counts == 20).sum(), len(counts), 0.15 * 128 - 19)
+
+
+def words_of(tokens, allowed, continues):
+    """The words of a window as lists of places, in a loop."""
+    words = []
+    for i, (token, free) in enumerate(zip(tokens, allowed, strict=True)):
+        if free and continues[token] and i and allowed[i - 1]:
+            words[-1].append(i)
+        elif free:
+            words.append([i])
+    return words
+
+
+def test_whole_words_are_bert_s():
+    """Each word whole or not at all, and none is left that would still fit."""
+    tokens, segments, _, chosen = hidden(UNITS["words"])
+    allowed = ~np.isin(tokens, ALL.special) & (segments > 0)
+    for row, of, free, segment in zip(chosen, tokens, allowed, segments, strict=True):
+        words = words_of(of, free, EVEN.table(ALL.size))
+        left = min(20, max(1, round(int((segment > 0).sum()) * 0.15))) - row.sum()
+        assert left >= 0
+        for word in words:
+            assert len({bool(row[i]) for i in word}) == 1
+            assert row[word[0]] or len(word) > left
+
+
+def test_spans_are_spanbert_s():
+    """Whole words until the count is reached, in spans as long as the truncated geometric law."""
+    tokens, segments, _, chosen = hidden(UNITS["spans"])
+    allowed = ~np.isin(tokens, ALL.special) & (segments > 0)
+    cut = 0
+    for row, of, free, segment in zip(chosen, tokens, allowed, segments, strict=True):
+        count = min(20, max(1, round(int((segment > 0).sum()) * 0.15)))
+        assert row.sum() == min(count, free.sum())
+        words = words_of(of, free, EVEN.table(ALL.size))
+        cut += sum(len({bool(row[i]) for i in word}) > 1 for word in words)
+        assert cut <= len(chosen)  # at most the last word of a window is cut, by the count
+    n = 20_000
+    free = jnp.ones((n, 64), bool)
+    one = jax.jit(lambda key: masks.spans(key, free, jnp.full(n, 10), free, most=1))
+    chosen, group = map(np.asarray, one(jax.random.key(0)))
+    room = chosen.argmax(1) < 54
+    sizes = chosen[room].sum(1)
+    odds = 0.2 * 0.8 ** np.arange(10)
+    for k, p in enumerate(odds / odds.sum()):
+        assert close((sizes == k + 1).sum(), len(sizes), p)
+    first = np.where(chosen, group, 99).min(1), np.where(chosen, group, -1).max(1)
+    assert np.array_equal(*first)  # one group: one fate
+
+
+def test_what_continues_a_word(tmp_path):
+    """By the marks of WordPiece and of byte-level BPE."""
+    path = tmp_path / "tokenizer.json"
+    vocab = {"[PAD]": 0, "un": 1, "##able": 2, "##s": 3, "able": 4}
+    model = {"type": "WordPiece", "continuing_subword_prefix": "##", "vocab": vocab}
+    path.write_text(json.dumps({"model": model, "added_tokens": [{"id": 0, "content": "[PAD]"}]}))
+    found = Continuations.read(path)
+    assert found.table(5).tolist() == [False, False, True, True, False] and found.count == 2
+    model = {"type": "BPE", "vocab": {"<s>": 0, "Ġun": 1, "able": 2, "s": 3, "Ġable": 4}}
+    path.write_text(json.dumps({"model": model, "added_tokens": [{"id": 0, "content": "<s>"}]}))
+    assert Continuations.read(path) == found and "bits" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"share": 0.0}, "share is between"),
+        ({"most": 0}, "most counts from 1"),
+        ({"unit": "word"}, "unit='word': use one of"),
+        ({"count": "round"}, "count='round': use one of"),
+        ({"unit": "words"}, "needs to know which ids continue a word"),
+    ],
+)
+def test_masking_that_cannot_be(fields, said):
+    with pytest.raises(ValueError, match=said):
+        Masking(**fields)
+
+
+# ---- who sees whom ----
+
+
+@pytest.mark.parametrize("attention", ["fused", "cached", "dropped"])
+@pytest.mark.parametrize("net", [BERT, NETS["pre-norm"].encoder], ids=["post", "pre"])
+def test_documents_of_a_window_are_isolated(attention, net, monkeypatch):
+    """The gradient of one's loss by the other's vectors, and by padding's, is exactly zero."""
+    if attention == "dropped":
+        net = net.clone(form=replace(net.form, attention_dropout=0.5))
+    else:
+        monkeypatch.setattr(layers, "attention_for", lambda dtype: getattr(layers, attention))
+    params = random_params(MLM(MaskedLM(net)))["encoder"]
+    segments = jnp.asarray([[1] * 7 + [2] * 9 + [0] * 4, [1] * 5 + [2] * 5 + [3] * 10])
+    x = jax.random.normal(jax.random.key(0), (2, 20, net.width))
+    train = {"train": True, "rngs": {"dropout": jax.random.key(1)}}
+
+    @jax.jit
+    def slope(segments, own):
+        def loss(x):
+            h = net.apply({"params": params}, x, segments, **train, method="encode")
+            return (h * h * h * own[..., None]).sum()
+
+        return jnp.abs(jax.grad(loss)(x)).max(-1)
+
+    for document in (1, 2, 3):
+        own = segments == document
+        alone, joined = slope(segments, own), slope(jnp.ones_like(segments), own)
+        assert not alone[~own].any()
+        rows = own.any(1)
+        assert (alone[own] > 1e-4).all() and (joined[rows] > 0).mean() > 0.9
+
+
+def test_all_attentions_are_one():
+    qkv = jax.random.normal(jax.random.key(0), (6, 20, 3, 4, 8))
+    segments = jnp.sort(jax.random.randint(jax.random.key(1), (6, 20), 0, 4), axis=1)
+    for given in (None, segments):
+        expected = layers.fused(qkv, given)
+        for found in (layers.cached(qkv, given), layers.dropped(qkv, given, lambda x: x)):
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_document_is_the_same_wherever_it_lies():
+    """But for its positions: with these put at zero it does not know its window."""
+    params = random_params(MLM(MaskedLM(BERT)))["encoder"]
+    params["position"] = jax.tree.map(np.zeros_like, params["position"])
+    tokens, _ = windows(WORDS, examples=1, length=10)
+    alone = BERT.apply({"params": params}, jnp.asarray(tokens))
+    packed = np.concatenate([tokens[:, ::-1], tokens, np.zeros((1, 4), np.int32)], 1)
+    segments = jnp.asarray(np.repeat([[1, 2, 0]], [10, 10, 4], 1))
+    found = BERT.apply({"params": params}, jnp.asarray(packed), segments)
+    np.testing.assert_allclose(found[:, 10:20], alone, atol=1e-5)
+
+
+# ---- the net ----
+
+
+def test_only_places_asked_for_are_projected():
+    net = MaskedLM(BERT)
+    params, (tokens, segments) = random_params(MLM(net)), map(jnp.asarray, windows(WORDS))
+    whole = jnp.broadcast_to(jnp.arange(20), tokens.shape)
+    places = jnp.asarray([[3, 1], [0, 7], [7, 0], [5, 5]])
+    logits = net.apply({"params": params}, tokens, segments, whole)
+    few = net.apply({"params": params}, tokens, segments, places)
+    expected = jnp.take_along_axis(logits, places[..., None], 1)
+    np.testing.assert_allclose(few, expected, atol=1e-5)
+    assert few.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("encoder", [BERT, ROBERTA], ids=["BERT", "RoBERTa"])
+def test_a_window_longer_than_the_table(encoder):
+    tokens = jnp.zeros((1, 25), jnp.int32)
+    params = random_params(MLM(MaskedLM(encoder)))["encoder"]
+    with pytest.raises(ValueError, match="Windows of 25 tokens are longer .* of 24 positions"):
+        encoder.apply({"params": params}, tokens)
+    assert encoder.apply({"params": params}, tokens[:, 1:] + 7).shape[:2] == (1, 24)
+
+
+def test_dropout_is_that_of_the_key_and_of_training():
+    net = BERT.clone(form=replace(BERT.form, dropout=0.1, attention_dropout=0.1))
+    params = {"params": random_params(MLM(MaskedLM(net)))["encoder"]}
+    tokens, segments = map(jnp.asarray, windows(WORDS))
+
+    def run(key):
+        rngs = {"dropout": jax.random.key(key)}
+        return net.apply(params, tokens, segments, train=True, rngs=rngs)
+
+    assert np.array_equal(run(0), run(0)) and not np.array_equal(run(0), run(1))
+    quiet = net.apply(params, tokens, segments)
+    np.testing.assert_array_equal(quiet, BERT.apply(params, tokens, segments))
+    # Of what attention adds a tenth is zero, and the rest is larger: on average it stays.
+    x = jnp.ones((64, 20, 3, 4, 8))
+    drop = nn.Dropout(0.1, deterministic=False).bind({}, rngs={"dropout": jax.random.key(0)})
+    out = layers.dropped(x, None, drop)
+    assert out.mean() == pytest.approx(1, abs=0.02) and out.std() > 0.01
+
+
+def test_init_is_bert_s_and_roberta_s():
+    """Google cuts its normal at two deviations; biases start at zero, norms at one."""
+    for encoder, std, most in ((BERT, 0.02 * 0.8796, 0.04), (ROBERTA, 0.02, 0.2)):
+        objective = MLM(MaskedLM(encoder.clone(width=64, depth=2, heads=4)))
+        batch = dict(zip(("tokens", "segments"), map(jnp.asarray, windows(WORDS)), strict=True))
+        params = nn.unbox(jax.jit(objective.init)(jax.random.key(0), batch)[0])
+        for path, x in flatten_dict(params, sep="/").items():
+            if path.endswith(("kernel", "table")):
+                n = x.size
+                assert abs(float(x.std()) - std) < 5 * std / math.sqrt(2 * n), path
+                assert np.abs(x).max() <= most
+            else:
+                assert (x == (1 if path.endswith("scale") else 0)).all()
+
+
+def test_loss_is_the_mean_over_the_batch():
+    """In float64; BERT's epsilon stands beside the number of words."""
+    r = np.random.default_rng(0)
+    logits, target = r.normal(0, 3, (4, 5, 11)), r.integers(11, size=(4, 5))
+    weight = (r.random((4, 5)) < 0.6).astype(float)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    each = -np.log(np.take_along_axis(p, target[..., None], 2)[..., 0])
+    args = jnp.asarray(logits, jnp.float32), jnp.asarray(target), jnp.asarray(weight, jnp.float32)
+    for epsilon in (0.0, 1e-5, 3.0):
+        expected = (each * weight).sum() / (weight.sum() + epsilon)
+        assert float(masked_cross_entropy(*args, epsilon)) == pytest.approx(expected, rel=1e-6)
+    nothing = masked_cross_entropy(*args[:2], jnp.zeros((4, 5)))
+    assert float(nothing) == 0
+
+
+# ---- the optimizer ----
+
+
+def test_adam_is_google_s():
+    """Their loop in float64: no bias correction, epsilon outside the root, decoupled decay."""
+    r = np.random.default_rng(0)
+    params = {"a": {"kernel": r.normal(size=(3, 4)), "bias": r.normal(size=4)}}
+    rate, clip, decay = Warmup(2, Polynomial(1e-2, 0.0, 6)), 1.0, 0.01
+    optimizer = BERTAdam(rate)
+    ours = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    state = optimizer.init(ours)
+    m, v = (jax.tree.map(np.zeros_like, params) for _ in range(2))
+    for step in range(8):
+        grads = jax.tree.map(lambda x: r.normal(0, 10.0 ** (step - 4), x.shape), params)
+        given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), grads)
+        updates, state = optimizer.update(given, state, ours)
+        ours = jax.tree.map(lambda p, u: p + u, ours, updates)
+        size = math.sqrt(sum((g * g).sum() for g in jax.tree.leaves(grads)))
+        grads = jax.tree.map(lambda g: g * min(1, clip / size), grads)
+        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
+        v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v, grads)
+        lr = 1e-2 * step / 2 if step < 2 else 1e-2 * max(0, 1 - (step - 2) / 6)
+        for name, p in params["a"].items():
+            update = m["a"][name] / (np.sqrt(v["a"][name]) + 1e-6)
+            update += decay * p if name == "kernel" else 0
+            params["a"][name] = p - lr * update
+        for name, p in params["a"].items():
+            np.testing.assert_allclose(ours["a"][name], p, rtol=2e-5, atol=1e-6)
+
+
+def test_polynomial_decay():
+    decay = Polynomial(3.0, 1.0, 10, power=2.0)
+    for step in range(14):
+        left = max(0, 10 - step) / 10
+        assert float(decay(step)) == pytest.approx(1 + 2 * left**2, rel=1e-6)
+    assert [float(Polynomial(3.0, 1.0, 10)(s)) for s in (0, 5, 10, 20)] == [3, 2, 1, 1]
