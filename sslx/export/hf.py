@@ -249,6 +249,14 @@ def load_resnet(directory: Path | str) -> tuple[Json, Tree]:
 # ---- text ----
 
 
+def model_type(directory: Path | str) -> str:
+    """What a checkpoint's config.json says it is, such as "vit_mae", "bert" or "roberta"."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give the directory of a Hugging Face checkpoint.")
+    return json.loads(path.read_text(encoding="utf-8")).get("model_type", "")
+
+
 def save_text(
     objective: Objective,
     params: Params,
@@ -293,7 +301,8 @@ def load_text(directory: Path | str) -> tuple[MaskedLM, Params]:
     sentences are left out. Raises ValueError with the reason when it is not one that ours computes.
     """
     directory = Path(directory)
-    kind = _kind(directory)
+    found = model_type(directory)
+    kind = found if found in CLASSES else "bert"  # `_config` then says what can be imported
     config = _config(directory, kind, CLASSES[kind][0], NEEDED_TEXT, COMPUTED_TEXT)
     width, depth, heads, hidden = (config[key] for key in SHAPE)
     vocabulary = _vocabulary(directory, config)
@@ -379,12 +388,6 @@ def _text_config(encoder: TextEncoder, kind: str, opened: str) -> Json:
         "tie_word_embeddings": True,
         "dtype": "float32",
     }
-
-
-def _kind(directory: Path) -> str:
-    path = directory / "config.json"
-    kind = json.loads(path.read_text(encoding="utf-8")).get("model_type") if path.is_file() else ""
-    return kind if kind in CLASSES else "bert"  # for the error that `_config` raises
 
 
 def _text_arrays(directory: Path, kind: str) -> dict[str, np.ndarray]:
