@@ -66,6 +66,20 @@ def parser() -> argparse.ArgumentParser:
     import_added.add_argument("source", type=Path, metavar="DIR")
     import_added.add_argument("workdir", type=Path, metavar="RUN")
     recipe(import_added, "--recipe", help="default: the model's own, in configs")
+    tokenize_ = command(tokenize, "turn text into windows of tokens, once; interrupted, it goes on")
+    tokenize_.add_argument(
+        "source", metavar="SOURCE", help="a folder, file or glob of .txt, .jsonl (.gz), .parquet"
+    )
+    tokenize_.add_argument("out", metavar="OUT", help="then tokens:OUT is a source")
+    which = tokenize_.add_mutually_exclusive_group()
+    which.add_argument("--vocab", type=int, metavar="N", help="train a tokenizer of N ids")
+    which.add_argument("--tokenizer", metavar="F", help="a tokenizer.json, or its folder")
+    tokenize_.add_argument("--kind", choices=("wordpiece", "bpe"), default="wordpiece")
+    tokenize_.add_argument("--length", type=int, default=128, metavar="L", help="of a window")
+    tokenize_.add_argument("--workers", type=int, metavar="N", help="default: one for each core")
+    tokenize_.add_argument(
+        "--process", default="0/1", metavar="I/N", help="of N machines that share OUT, the I-th"
+    )
     show_ = command(show, "print the config, params, shardings and FLOPs of a recipe")
     recipe(show_)
     return root
@@ -303,6 +317,58 @@ def shape_of(net) -> list[str]:
     aside = tuple(f"{at}.encoder.{name}" for name in (*how, "form.dropout", "form.attention"))
     found = [item for item in leaves(net, at) if not item.startswith(aside)]
     return found + leaves(net.encoder.vocabulary, "data.decode.vocabulary")
+
+
+def tokenize(arguments) -> None:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    from sslx.data import text
+
+    index, slash, count = arguments.process.partition("/")
+    if not (slash and index.isdigit() and count.isdigit()):
+        raise ValueError(f"--process {arguments.process} is written I/N, as in 0/8")
+    console = Console(stderr=True)
+    columns = [TextColumn("{task.description}"), BarColumn(None), DownloadColumn()]
+    columns += [TransferSpeedColumn(), TimeRemainingColumn(compact=True)]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training a tokenizer" if not arguments.tokenizer else "planning")
+
+        def said(done: int, total: int) -> None:
+            bar.update(task, description="tokenizing", completed=done, total=total)
+
+        found = text.tokenize(
+            arguments.source,
+            arguments.out,
+            vocabulary_size=arguments.vocab,
+            tokenizer=arguments.tokenizer,
+            kind=arguments.kind,
+            length=arguments.length,
+            workers=arguments.workers,
+            process=(int(index), int(count)),
+            said=said,
+        )
+    if found is None:
+        print(f"{arguments.out}: this process's part is done; other processes are not")
+        return
+    counts, length = found["counts"], found["length"]
+    for name, reason in list(found["dropped"].items())[:20]:
+        console.print(f"dropped {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    if counts["dropped"] > 20:
+        console.print(f"dropped {counts['dropped']:,} in all: see {arguments.out}/manifest.json")
+    used = (counts["tokens"] + 2 * counts["segments"]) / (counts["windows"] * length)
+    print(
+        f"{arguments.out}: {counts['documents']:,} documents, {counts['tokens']:,} tokens "
+        f"({counts['unknown'] / max(1, counts['tokens']):.2%} unknown) in {counts['windows']:,} "
+        f"windows of {length}, {used:.1%} full; vocabulary {found['vocabulary']['size']:,}"
+    )
 
 
 def show(arguments) -> None:

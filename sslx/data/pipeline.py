@@ -20,17 +20,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from math import prod
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from sslx.data import sources
-from sslx.data.image import Image
 from sslx.data.sources import DataError, Source
 
 log = logging.getLogger("sslx")
 Batch = dict[str, np.ndarray]
+
+
+@runtime_checkable
+class Decode(Protocol):
+    """Record -> example, a dict of arrays; `shapes` knows theirs and dtypes before any is read."""
+
+    shapes: dict[str, tuple[tuple[int, ...], type]]
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Pipeline:
     """
 
     source: str | Source | tuple[tuple[str | Source, float], ...]
-    decode: Image
+    decode: Decode
     labels: bool = False
     max_corrupt: float = 0.01
     workers: int | None = field(default=None, compare=False)
@@ -62,6 +71,7 @@ class Pipeline:
                 source = sources.open(source)
             else:
                 source.check()
+            source.suits(self.decode)
             opened.append((source, weight))
         return tuple(opened)
 
@@ -92,7 +102,7 @@ class Pipeline:
     def batches(
         self, seed: int, batch_size: int, start: int = 0, host: int = 0, hosts: int = 1
     ) -> "Batches":
-        """Batches of steps start, start + 1, ... without end: image, extent and maybe label.
+        """Batches of steps start, start + 1, ... without end: `decode`'s arrays and maybe label.
 
         `batch_size` is global; of it this host gets its `batch_size / hosts` consecutive examples,
         so the hosts' parts laid end to end in host order are the global batch.
@@ -101,6 +111,11 @@ class Pipeline:
 
         self.check()
         local = part(batch_size, host, hosts)
+        if len(self.mixture) == 1 and batch_size > len(self):
+            raise DataError(
+                f"{self.source} holds {len(self)} records, fewer than one batch of {batch_size}: "
+                "take a smaller batch_size, or more data"
+            )
         orders = [
             grain.MapDataset.range(begin, end).shuffle(seed=seed_of(seed, k)).repeat()
             for k, (begin, end) in enumerate(zip([0, *self.ends], self.ends, strict=False))
@@ -145,7 +160,8 @@ class Pipeline:
         small = records < 20_000 or all(source.resident for source, _ in self.mixture)
         few = 0 if small or cores() <= 2 else min(cores() - 1, 32)
         workers = few if self.workers is None else self.workers
-        size = local * self.decode.size**2 * self.decode.channels
+        arrays = self.shapes(local).values()
+        size = sum(prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
         room = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else sys.maxsize
         fit = max(0, room // (4 * size) - 1)  # of each: one made, two waiting, one arriving
         if self.workers and workers > fit:
@@ -165,7 +181,7 @@ class Load:
     """
 
     sources: tuple[Source, ...]
-    decode: Image
+    decode: Decode
     labels: bool
     max_corrupt: float
 

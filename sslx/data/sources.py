@@ -37,13 +37,15 @@ class DataError(ValueError):
 
 
 class Source(abc.ABC):
-    """Random access to records {"image", "label", "name"}.
+    """Random access to records {"image", "label", "name"}, or of text {"tokens", "starts", ...}.
 
-    `image` is encoded bytes or uint8 [H, W, C]; `label` an int, absent where none is known; `name`
-    says where the record lies, for messages. Handles are cached properties, so they are opened
-    lazily and never compared or pickled.
+    `image` is encoded bytes or uint8 [H, W, C]; `tokens` ids [n], `starts` where each document in
+    them begins; `label` an int, absent where none is known; `name` says where the record lies, for
+    messages. Handles are cached properties, so they are opened lazily and never compared or
+    pickled.
     """
 
+    gives: ClassVar[str] = "image"  # what a decoder must have among its shapes
     resident: ClassVar[bool] = False  # decoded arrays in memory: not worth a worker process
 
     @abc.abstractmethod
@@ -60,6 +62,12 @@ class Source(abc.ABC):
         """Raise DataError now, before any device work, if there is nothing here to read."""
         if not len(self):
             raise DataError(f"{self} holds no records")
+
+    def suits(self, decode) -> None:
+        """Raise DataError if `decode` is for other records than these."""
+        if self.gives not in decode.shapes:
+            right = {"image": "Image(size)", "tokens": "Window(length, vocabulary)"}[self.gives]
+            raise DataError(f"{self} gives {self.gives}, which {decode} cannot read: use {right}")
 
     def __getstate__(self):
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -240,32 +248,17 @@ class ArrayRecord(Source):
     HEADER: ClassVar[struct.Struct] = struct.Struct("<4sq")
 
     @functools.cached_property
-    def files(self) -> tuple[list[str], list[Any], list[int]]:
-        """Paths, their readers, and the end of each in records."""
-        reader = needs("array_record.python.array_record_data_source", "array_record")
-        paths = matches("arrayrecord", self.glob)
-        try:
-            readers = [reader.ArrayRecordDataSource([path]) for path in paths]
-            return paths, readers, np.cumsum([len(r) for r in readers]).tolist()
-        except (RuntimeError, ValueError) as error:
-            raise DataError(f"{self} is not ArrayRecord, or damaged: {error}") from error
+    def shards(self) -> "Shards":
+        return Shards(matches("arrayrecord", self.glob))
 
     def __len__(self):
-        return self.files[2][-1]
+        return self.shards.ends[-1]
 
     def __getitem__(self, index):
         return self.records([index])[0]
 
-    def records(self, indices):  # each call to a reader costs 2 us for 1,000 records of its file
-        paths, readers, ends = self.files
-        rows = defaultdict(list)
-        for k, row in (place(ends, index) for index in indices):
-            rows[k].append(row)
-        found = {}
-        for k, wanted in rows.items():
-            for row, data in zip(wanted, readers[k].__getitems__(wanted), strict=True):
-                found[k, row] = self.record(data, f"{paths[k]}#{row}")
-        return [found[place(ends, index)] for index in indices]
+    def records(self, indices):
+        return [self.record(data, name) for data, name in self.shards.read(indices)]
 
     def record(self, data: bytes, name: str) -> Record:
         if data[:4] != b"sslx":
@@ -327,6 +320,31 @@ class TFDS(Source):
         return record | {"label": int(row["label"])} if "label" in row else record
 
 
+class Shards:
+    """The bytes of ArrayRecord files, numbered through. Raises DataError if one is damaged."""
+
+    def __init__(self, paths: list[str]):
+        reader = needs("array_record.python.array_record_data_source", "array_record")
+        self.paths, self.readers, lengths = paths, [], []
+        for path in paths:
+            try:
+                self.readers.append(reader.ArrayRecordDataSource([path]))
+                lengths.append(len(self.readers[-1]))
+            except (RuntimeError, ValueError) as error:
+                raise DataError(f"{path} is not ArrayRecord, or damaged: {error}") from error
+        self.ends = np.cumsum(lengths).tolist()  # of each file, in records
+
+    def read(self, indices: list[int]) -> list[tuple[bytes, str]]:
+        """Records and their names. A call to a reader costs 2 us for 1,000 records of its file."""
+        rows, found = defaultdict(list), {}
+        for k, row in (place(self.ends, index) for index in indices):
+            rows[k].append(row)
+        for k, wanted in rows.items():
+            for row, data in zip(wanted, self.readers[k].__getitems__(wanted), strict=True):
+                found[k, row] = data, f"{self.paths[k]}#{row}"
+        return [found[place(self.ends, index)] for index in indices]
+
+
 def digits(split: str = "") -> Source:
     """scikit-learn's digits: "train" is the first 80 %, "test" the rest, "" both."""
     return Digits(split)
@@ -359,12 +377,39 @@ def tfds(name: str, split: str | None = None, data_dir: str | None = None) -> So
     return TFDS(name, split, data_dir)
 
 
+def tokens(path: str) -> Source:
+    """The folder that `sslx tokenize` wrote."""
+    return text_module().Tokens(path)
+
+
+def text(glob: str, tokenizer: str | Source | None = None) -> Source:
+    """Documents of .txt, .jsonl and .parquet, tokenized as they are read: text(glob, tokenizer),
+    or, as in a URI, text("news/*.parquet?tokenizer=DIR"); DIR holds a tokenizer.json."""
+    if tokenizer is None:
+        glob, _, tokenizer = glob.partition("?tokenizer=")
+    if not tokenizer:
+        raise DataError(f"text:{glob} needs a tokenizer: text:{glob}?tokenizer=DIR")
+    return text_module().Text(glob, tokenizer)
+
+
+def pydocs(split: str) -> Source:
+    """Python's own documentation, "train" or "test"; see text.pydocs."""
+    return text_module().pydocs(split)
+
+
+def text_module():
+    return importlib.import_module("sslx.data.text")  # which is built on this one
+
+
 schemes = {
     "digits": digits,
     "parquet": parquet,
     "folder": folder,
     "arrayrecord": arrayrecord,
     "tfds": tfds,
+    "tokens": tokens,
+    "text": text,
+    "pydocs": pydocs,
 }
 
 

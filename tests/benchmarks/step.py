@@ -192,7 +192,7 @@ class Windows:
 
     @property
     def shapes(self):
-        return {name: ((self.length,), "int32") for name in ("tokens", "segments")}
+        return dict.fromkeys(("tokens", "segments"), ((self.length,), "int32"))
 
 
 def torch_bert(args, compiled=False):
