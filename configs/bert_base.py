@@ -44,7 +44,7 @@ def config(
     steps = epochs * windows // batch_size
     warm = min(10_000, steps // 10)
     encoder = bert(variant, words, max(512, length), dtype=jnp.bfloat16)
-    held_out = {"held out": Perplexity(Pipeline(test, window), 256)} if test else {}
+    held_out = {"perplexity": Perplexity(Pipeline(test, window), 256)} if test else {}
     return Config(
         objective=MLM(MaskedLM(encoder), Masking(most=math.ceil(0.15 * length))),
         data=Pipeline(data, window),

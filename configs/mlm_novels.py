@@ -49,7 +49,7 @@ def config(
     warm = steps // 10
     form = Form("pre", 1e-5, init=Normal(0.02))
     encoder = TextEncoder(words, width, depth, width // 64, length, offset=1, types=1, form=form)
-    evals = {"held out": Perplexity(Pipeline(test, window), batches=16)}
+    evals = {"perplexity": Perplexity(Pipeline(test, window), batches=16)}
     if news:
         sets = (
             Pipeline(Text(f"{news}/{split}.parquet", data.removeprefix("tokens:")), window)

@@ -52,7 +52,7 @@ def config(
         ),
         steps=steps,
         batch_size=batch_size,
-        evals={"held out": Perplexity(Pipeline(test, test.window))},
+        evals={"perplexity": Perplexity(Pipeline(test, test.window))},
         log_every=50,
         save_every=max(1, steps // 4),
         eval_every=max(1, steps // 2),

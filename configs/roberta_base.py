@@ -46,7 +46,7 @@ def config(
     warm = min(10_000, steps // 10)
     encoder = roberta(variant, words, max(512, length), dtype=jnp.bfloat16)
     masking = Masking(most=math.ceil(0.15 * length), count="random", swaps="ordinary")
-    held_out = {"held out": Perplexity(Pipeline(test, window), 256)} if test else {}
+    held_out = {"perplexity": Perplexity(Pipeline(test, window), 256)} if test else {}
     return Config(
         objective=MLM(MaskedLM(encoder), masking, epsilon=0.0),
         data=Pipeline(data, window),

@@ -110,17 +110,19 @@ class Table(nn.Module):
         init = nn.with_logical_partitioning(self.init, self.axes)
         self.table = self.param("table", init, (self.rows, self.features), jnp.float32)
 
-    def whole(self) -> Float[Array, "V D"]:
+    def whole(self, dtype: DTypeLike) -> Float[Array, "V D"]:
         """Whole along fsdp, as in Dense."""
         names = (None if name == "embed" else name for name in self.axes)
-        return constrain(jnp.asarray(self.table, self.dtype), *names)
+        return constrain(jnp.asarray(self.table, dtype), *names)
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        return self.whole()[ids]
+        # Rounded after the lookup: the gradients of a common word, thousands, are summed in float32.
+        return self.whole(jnp.float32)[ids].astype(self.dtype)
 
     def compare(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Inner products with every row, in float32: logits, where weights are tied."""
-        return jnp.einsum("...d,vd->...v", x, self.whole(), preferred_element_type=jnp.float32)
+        table = self.whole(self.dtype)
+        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
 
 
 class LayerNorm(nn.Module):
