@@ -15,10 +15,10 @@ Published after the next-sentence task too: base, GLUE 79.6. Ours: no run yet.
 import math
 
 import jax.numpy as jnp
-from sslx.data.text import Window
 
 from sslx.config import Config
 from sslx.data.pipeline import Pipeline
+from sslx.data.text import Window
 from sslx.evals.text import Perplexity
 from sslx.models.text import MaskedLM, bert
 from sslx.objectives.mlm import MLM, Masking

@@ -16,10 +16,10 @@ Departures: special tokens are never masked, which fairseq does; windows may end
 import math
 
 import jax.numpy as jnp
-from sslx.data.text import Window
 
 from sslx.config import Config
 from sslx.data.pipeline import Pipeline
+from sslx.data.text import Window
 from sslx.evals.text import Perplexity
 from sslx.models.text import MaskedLM, roberta
 from sslx.objectives.mlm import MLM, Masking

@@ -50,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
     train_.add_argument(
         "--accept-changes", action="store_true", help="resume although the recipe has changed"
     )
-    eval_added = command(eval_, "probe a run's features beside random init and raw pixels")
+    eval_added = command(
+        eval_, "probe a run's features beside random init and raw pixels or word counts"
+    )
     eval_added.add_argument("workdir", type=Path, metavar="RUN")
     eval_added.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="labelled URIs")
     eval_added.add_argument("--on", metavar="knn,linear,health", help="default: the recipe's")
@@ -150,7 +152,8 @@ def eval_(arguments) -> None:
     start_jax()
     import jax
 
-    from sslx.evals.features import Pixels
+    from sslx.evals.features import Counts, Pixels
+    from sslx.models.text import TextEncoder
     from sslx.sharding import batch_sharding
     from sslx.train import fresh_state
 
@@ -163,7 +166,12 @@ def eval_(arguments) -> None:
 
         scores = {f"step {step}": measure(state)}
         scores["random init"] = measure(fresh_state(config, mesh))
-        scores["pixels"] = dict(probes.measure(Pixels(), {}, config.views, place))
+        encoder, _ = config.objective.backbone(state.params, state.buffers)
+        if isinstance(encoder, TextEncoder):
+            name, floor = "word counts", Counts(encoder.vocabulary.size)
+        else:
+            name, floor = "pixels", Pixels()
+        scores[name] = dict(probes.measure(floor, {}, config.views, place))
     if jax.process_index():
         return
     table = Table("", *scores)

@@ -116,7 +116,7 @@ class Table(nn.Module):
         return constrain(jnp.asarray(self.table, dtype), *names)
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        # Rounded after the lookup: the gradients of a common word, thousands, are summed in float32.
+        # Rounded after the lookup: a common word's gradients, thousands, are summed in float32.
         return self.whole(jnp.float32)[ids].astype(self.dtype)
 
     def compare(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
