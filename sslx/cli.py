@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "--accept-changes", action="store_true", help="resume although the recipe has changed"
     )
     eval_added = command(
-        eval_, "probe a run's features beside random init and raw pixels or word counts"
+        eval_, "probe a run's features beside random init and raw input"
     )
     eval_added.add_argument("workdir", type=Path, metavar="RUN")
     eval_added.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="labelled URIs")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
+from sslx.cli import main
 from sslx.evals.features import Counts, extract
 from sslx.evals.text import Perplexity, fill
 from sslx.export import hf
@@ -840,3 +842,69 @@ def test_fill_gives_the_likeliest_words(tmp_path):
         np.testing.assert_allclose([share for _, share in row], odds[best], rtol=1e-4)
     with pytest.raises(ValueError, match=r"There is no \[MASK\]"):
         fill(objective, params, tokenizer, "w1 w2")
+
+
+# ---- from text to a checkpoint and back, as a user types it ----
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of bert_base.py at its smallest, on windows of a text of two kinds of sentences."""
+    folder = tmp_path_factory.mktemp("text")
+    r, words = np.random.default_rng(0), ["red", "blue", "one", "two", "cat", "dog", "sun", "sea"]
+    texts = [" ".join(r.choice(words, 12)) + "." for _ in range(200)]
+    (folder / "corpus.txt").write_text("\n\n".join(texts))
+    rows = [{"text": t, "label": int("cat" in t)} for t in texts[:64]]
+    (folder / "labelled.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    windows = folder / "windows"
+    asked = ("--vocab", "64", "--length", "32", "--workers", "0")
+    assert main(["tokenize", str(folder / "corpus.txt"), str(windows), *asked]) == 0
+    size = json.loads((windows / "manifest.json").read_text())["vocabulary"]["size"]
+    recipe = Path(__file__).parents[1] / "configs" / "bert_base.py"
+    dials = [f"data=tokens:{windows}", f"test=tokens:{windows}", f"vocabulary_size={size}"]
+    dials += ["variant=mu", "length=32", "batch_size=16", "windows=64", "epochs=2"]
+    dials += ["evals.perplexity.batch_size=16"]
+    assert main(["train", str(recipe), *dials, "--workdir", str(folder / "run")]) == 0
+    return folder, recipe, dials
+
+
+def test_a_run_is_evaluated_exported_and_imported(run, transformers, capsys):
+    folder, recipe, dials = run
+    scores = json.loads((folder / "run" / "evals.json").read_text())
+    assert scores["step 8"].keys() >= {"mlm/accuracy", "mlm/perplexity", "unigram/accuracy"}
+    labelled = f"text:{folder}/labelled.jsonl?tokenizer={folder}/windows"
+    asked = ("--data", labelled, labelled, "--on", "health")
+    assert main(["eval", str(folder / "run"), *asked]) == 0
+    assert "word counts" in capsys.readouterr().out
+
+    assert main(["export", str(folder / "run"), str(folder / "hf")]) == 0
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    assert tokenizer.mask_token == "[MASK]" and model.config.hidden_size == 32
+    net, params = hf.load_text(folder / "hf")
+
+    asked = [str(folder / "hf"), str(folder / "again"), "--recipe", str(recipe), *dials[:3]]
+    assert main(["import", *asked, *dials[4:]]) == 0  # without the variant
+    assert main(["export", str(folder / "again"), str(folder / "hf2")]) == 0
+    again, same = hf.load_text(folder / "hf2")
+    assert again == net and equal(params, same)
+    with pytest.raises(SystemExit):
+        main(["export", str(folder / "run"), str(folder / "x"), "--format", "torch"])
+    assert main(["export", str(folder / "run"), str(folder / "x"), "--format", "timm"]) == 1
+    assert "timm has no encoders of text" in capsys.readouterr().err
+
+
+def test_resume_of_text_is_bitwise(run):
+    """Stopped half-way and gone on, the run is the one that never stopped."""
+    folder, recipe, dials = run
+    whole, state = (folder / name for name in ("run", "halves"))
+    assert (
+        main(["train", str(recipe), *dials, "steps=8", "save_every=4", "--workdir", str(state)])
+        == 0
+    )
+    shutil.rmtree(state / "checkpoints" / "8")
+    assert main(["train", str(state)]) == 0
+    assert main(["export", str(state), str(folder / "halves_hf")]) == 0
+    assert main(["export", str(whole), str(folder / "whole_hf")]) == 0
+    files = [folder / name / "model.safetensors" for name in ("halves_hf", "whole_hf")]
+    assert files[0].read_bytes() == files[1].read_bytes()
