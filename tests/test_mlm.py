@@ -191,7 +191,7 @@ def test_equals_transformers(torch, transformers, exact, name, tmp_path):
 
 # ---- what is hidden ----
 
-MANY = 800  # windows of 128: 1e5 tokens
+MANY = 1300  # windows: 1e5 tokens without their padding
 ALL = Vocabulary(1000, pad=0, unknown=100, start=101, end=102, mask=103)
 
 
@@ -358,8 +358,6 @@ def test_what_continues_a_word(tmp_path):
     [
         ({"share": 0.0}, "share is between"),
         ({"most": 0}, "most counts from 1"),
-        ({"unit": "word"}, "unit='word': use one of"),
-        ({"count": "round"}, "count='round': use one of"),
         ({"unit": "words"}, "needs to know which ids continue a word"),
     ],
 )
