@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     train_.add_argument(
         "--accept-changes", action="store_true", help="resume although the recipe has changed"
     )
-    eval_added = command(eval_, "probe a run's features beside random init and raw pixels")
+    eval_added = command(eval_, "probe a run's features beside random init and raw input")
     eval_added.add_argument("workdir", type=Path, metavar="RUN")
     eval_added.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="labelled URIs")
     eval_added.add_argument("--on", metavar="knn,linear,health", help="default: the recipe's")
@@ -60,10 +60,12 @@ def parser() -> argparse.ArgumentParser:
     export_.add_argument("out", type=Path, metavar="OUT")
     export_.add_argument("--format", choices=("hf", "timm"), default="hf")
     export_.add_argument("--step", type=int, help="default: the newest checkpoint")
-    import_added = command(import_, "make a Hugging Face ViT-MAE a run to continue or probe")
+    import_added = command(
+        import_, "make a Hugging Face ViT-MAE, BERT or RoBERTa a run to continue or probe"
+    )
     import_added.add_argument("source", type=Path, metavar="DIR")
     import_added.add_argument("workdir", type=Path, metavar="RUN")
-    recipe(import_added, "--recipe", default=Path("configs/mae_vit_imagenet.py"))
+    recipe(import_added, "--recipe", help="default: the model's own, in configs")
     tokenize_ = command(tokenize, "turn text into windows of tokens, once; interrupted, it goes on")
     tokenize_.add_argument(
         "source", metavar="SOURCE", help="a folder, file or glob of .txt, .jsonl (.gz), .parquet"
@@ -149,7 +151,8 @@ def eval_(arguments) -> None:
     start_jax()
     import jax
 
-    from sslx.evals.features import Pixels
+    from sslx.evals.features import Counts, Pixels
+    from sslx.models.text import TextEncoder
     from sslx.sharding import batch_sharding
     from sslx.train import fresh_state
 
@@ -162,7 +165,12 @@ def eval_(arguments) -> None:
 
         scores = {f"step {step}": measure(state)}
         scores["random init"] = measure(fresh_state(config, mesh))
-        scores["pixels"] = dict(probes.measure(Pixels(), {}, config.views, place))
+        encoder, _ = config.objective.backbone(state.params, state.buffers)
+        if isinstance(encoder, TextEncoder):
+            name, floor = "word counts", Counts(encoder.vocabulary.size)
+        else:
+            name, floor = "pixels", Pixels()
+        scores[name] = dict(probes.measure(floor, {}, config.views, place))
     if jax.process_index():
         return
     table = Table("", *scores)
@@ -207,22 +215,40 @@ def export(arguments) -> None:
     import jax
     import numpy as np
 
-    from sslx.config import printed
+    from sslx.config import ConfigError, printed
     from sslx.export import hf, timm
+    from sslx.models.text import TextEncoder
 
     run, out = arguments.workdir, arguments.out
     config, mesh, step, state = restored(run, arguments.step)
     params, buffers = jax.tree.map(np.asarray, jax.device_get((state.params, state.buffers)))
-    size, statistics = rendering(config, mesh)
+    encoder, _ = config.objective.backbone(params, buffers)
     if arguments.format == "timm":
+        if isinstance(encoder, TextEncoder):
+            raise ConfigError("timm has no encoders of text: use --format hf.")
+        size, _ = rendering(config, mesh)
         path = out if out.suffix == ".safetensors" else out / "model.safetensors"
         timm.save(config.objective, params, path, size, buffers)
     else:
         scores = run / "evals.json"
         numbers = json.loads(scores.read_text()).get(f"step {step}", {}) if scores.exists() else {}
         card = hf.Card(step, printed(config), numbers)
-        hf.save(config.objective, params, out, size, statistics, card, buffers)
+        if isinstance(encoder, TextEncoder):
+            hf.save_text(config.objective, params, out, card, tokenizer_of(config))
+        else:
+            size, statistics = rendering(config, mesh)
+            hf.save(config.objective, params, out, size, statistics, card, buffers)
     print(f"{out}: step {step} of {run}, for {arguments.format}")
+
+
+def tokenizer_of(config) -> str | None:
+    """The folder of the tokenizer that the training windows were written with, if it is there."""
+    try:
+        source, _ = config.data.mixture[0]
+        return source.path
+    except (ValueError, OSError, AttributeError) as error:
+        print(f"sslx: exported without a tokenizer: {error}", file=sys.stderr)
+        return None
 
 
 def rendering(config, mesh) -> tuple[tuple[int, int], tuple | None]:
@@ -251,16 +277,29 @@ def import_(arguments) -> None:
     run = arguments.workdir
     if (run / "overrides.json").exists():
         raise ConfigError(f"{run} is a run already: name a new directory.")
-    fields, params = hf.load(arguments.source)
-    parts = {name: fields.pop(name) for name in ("encoder", "decoder")}
-    shape = {f"{part}.{name}": x for part, of in parts.items() for name, x in of.items()} | fields
-    overrides = [f"objective.{name}={value}" for name, value in shape.items()]
-    recipe = Recipe(arguments.recipe, (*arguments.overrides, *overrides))
+    kind = hf.model_type(arguments.source)
+    if kind in hf.CLASSES:
+        net, params = hf.load_text(arguments.source)
+        overrides = shape_of(net)
+    else:
+        fields, params = hf.load(arguments.source)
+        parts = {name: fields.pop(name) for name in ("encoder", "decoder")}
+        shape = {f"{part}.{name}": x for part, of in parts.items() for name, x in of.items()}
+        overrides = [f"objective.{name}={value}" for name, value in (shape | fields).items()]
+    default = {"bert": "bert_base"}.get(kind, "roberta_base" if kind in hf.CLASSES else "")
+    default = Path("configs") / f"{default or 'mae_vit_imagenet'}.py"
+    recipe = Recipe(arguments.recipe or default, (*arguments.overrides, *overrides))
     config = recipe.load()
     mesh = config.mesh.build()
     with jax.set_mesh(mesh):
         where = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh).params)
-        state = fresh_state(config, mesh).replace(params=jax.device_put(params, where))
+        state = fresh_state(config, mesh)
+        # What the checkpoint lacks stays as it starts: the head, where it is an encoder alone.
+        missing = {name: x for name, x in state.params.items() if name not in params}
+        params = jax.device_put(params, {name: where[name] for name in params})
+        state = state.replace(params=params | missing)
+    if missing:
+        print(f"{arguments.source} has no {', '.join(missing)}: that starts anew", file=sys.stderr)
     recipe.save(run)
     checkpoints = Checkpoints(run / "checkpoints", config.keep)
     checkpoints.save(0, state)
@@ -268,6 +307,23 @@ def import_(arguments) -> None:
     if not checkpoints.steps():
         raise CheckpointError(f"{run} could not be written: make room and import again.")
     print(f"{run}: a run at step 0; `sslx train {run}` goes on from it")
+
+
+def shape_of(net) -> list[str]:
+    """The overrides that give a recipe the net of a checkpoint, and its windows the vocabulary."""
+    from sslx.config import lines
+
+    how = ("dtype", "remat", "form.init")  # the recipe's, as are its dropouts
+
+    def leaves(value, path: str) -> list[str]:
+        given = [line.split(" = ") for line in lines(value, path)]
+        branches = {name.rpartition(".")[0] for name, _ in given}
+        return [f"{name}={text}" for name, text in given if name not in branches]
+
+    at = "objective.net"
+    aside = tuple(f"{at}.encoder.{name}" for name in (*how, "form.dropout", "form.attention"))
+    found = [item for item in leaves(net, at) if not item.startswith(aside)]
+    return found + leaves(net.encoder.vocabulary, "data.decode.vocabulary")
 
 
 def tokenize(arguments) -> None:

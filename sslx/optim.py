@@ -61,6 +61,31 @@ class AdamW(Optimizer):
 
 
 @dataclass(frozen=True)
+class BERTAdam(Optimizer):
+    """AdamW without the correction of its moments' bias (google-research/bert, `optimization.py`).
+
+    Moments start at zero and are used as they are: a first step of (1 - b1) / sqrt(1 - b2), 3.2
+    times AdamW's, and small ones where gradients are; the warm-up hides both.
+    """
+
+    learning_rate: Schedule
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-6
+    weight_decay: float = 0.01
+    no_decay: str = NORMS_AND_BIASES
+    clip: float | None = 1.0
+
+    def transform(self) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.identity() if self.clip is None else optax.clip_by_global_norm(self.clip),
+            uncorrected_adam(self.b1, self.b2, self.epsilon),
+            decay(self.weight_decay, self.no_decay),
+            optax.scale_by_learning_rate(self.learning_rate),
+        )
+
+
+@dataclass(frozen=True)
 class SGD(Optimizer):
     """Momentum as torch has it: decay is part of the gradient, the learning rate is outside."""
 
@@ -184,6 +209,29 @@ def decay(weight_decay: float, no_decay: str) -> optax.GradientTransformation:
     if not weight_decay:
         return optax.identity()  # nothing decays, so that no pattern has to match
     return optax.add_decayed_weights(weight_decay, lambda p: spared(p, no_decay, "no_decay"))
+
+
+class Moments(NamedTuple):
+    """Moving averages of the gradient and of its square."""
+
+    mean: Tree
+    square: Tree
+
+
+def uncorrected_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:
+    """mean / (sqrt(square) + epsilon), of moments that start at zero."""
+
+    def init(params: Params) -> Moments:
+        return Moments(jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads: Tree, state: Moments, params: Params | None = None) -> tuple[Tree, Moments]:
+        del params
+        mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, grads)
+        square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.square, grads)
+        moved = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mean, square)
+        return moved, Moments(mean, square)
+
+    return optax.GradientTransformation(init, update)
 
 
 def trusted(trust: float, no_trust: str) -> optax.GradientTransformation:

@@ -30,6 +30,22 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Polynomial:
+    """`start` to `end` in `steps` steps as the rest of them to a power, then flat; 1 is a line.
+
+    fairseq's and Google's `polynomial_decay`.
+    """
+
+    start: float
+    end: float
+    steps: int
+    power: float = 1.0
+
+    def __call__(self, step: Array | int) -> Array:
+        return self.end + (self.start - self.end) * (1 - _share(step, self.steps)) ** self.power
+
+
+@dataclass(frozen=True)
 class Cosine:
     """Half a cosine from `start` to `end` in `steps` steps, then flat (arXiv:1608.03983)."""
 

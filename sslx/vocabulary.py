@@ -1,6 +1,11 @@
-"""Token ids: how many, and which are special. Imports nothing, so that data workers stay light."""
+"""Token ids: how many, which are special. Imports nothing of ours, so data workers stay light."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -21,3 +26,39 @@ class Vocabulary:
 
 BERT = Vocabulary(30_522, pad=0, unknown=100, start=101, end=102, mask=103)
 ROBERTA = Vocabulary(50_265, pad=1, unknown=3, start=0, end=2, mask=50_264)
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Which ids go on with the word before them; printed and compared by number and digest."""
+
+    count: int
+    digest: str
+    bits: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, ids: np.ndarray) -> "Continuations":
+        """Of a boolean for every id."""
+        bits = np.packbits(ids).tobytes()
+        return cls(int(ids.sum()), hashlib.sha256(bits).hexdigest()[:12], bits)
+
+    @classmethod
+    def read(cls, tokenizer: Path | str) -> "Continuations":
+        """Of a `tokenizer.json`: WordPiece marks what continues a word, byte-level BPE (and
+        SentencePiece) what begins one.
+        """
+        said = json.loads(Path(tokenizer).read_text(encoding="utf-8"))
+        model, special = said["model"], {word["id"] for word in said.get("added_tokens", ())}
+        words = model["vocab"]
+        words = {w: i for i, (w, _) in enumerate(words)} if isinstance(words, list) else words
+        prefix = model.get("continuing_subword_prefix") if model["type"] == "WordPiece" else None
+        ids = np.zeros(max([*words.values(), *special]) + 1, bool)
+        for word, i in words.items():
+            begins = not word.startswith(prefix) if prefix else word.startswith(("Ġ", "▁", "Ċ"))
+            ids[i] = not begins and i not in special
+        return cls.of(ids)
+
+    def table(self, size: int) -> np.ndarray:
+        """A boolean for each of `size` ids."""
+        ids = np.unpackbits(np.frombuffer(self.bits, np.uint8)).astype(bool)
+        return np.pad(ids[:size], (0, max(0, size - len(ids))))

@@ -3,6 +3,7 @@
 A new method is a new row. `test_objectives.py` runs design.md's section 8 on each.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,18 +21,22 @@ from sslx.data.pipeline import Pipeline
 from sslx.data.sources import digits
 from sslx.models import heads
 from sslx.models.heads import Siamese
+from sslx.models.text import BERT_FORM, MaskedLM, TextEncoder
 from sslx.models.vit import ViT, vit
 from sslx.objectives.base import Objective
 from sslx.objectives.byol import BYOL
 from sslx.objectives.mae import MAE, Decoder
+from sslx.objectives.mlm import MLM, Masking
 from sslx.objectives.simclr import SimCLR
 from sslx.ops.trees import path_of
 from sslx.optim import AdamW, Optimizer
 from sslx.schedules import Constant, Cosine
 from sslx.sharding import Mesh, batch_sharding
 from sslx.views import Chain, Views
+from sslx.vocabulary import Vocabulary
 
 BATCH = 16
+WORDS = Vocabulary(96)
 AS_IT_IS = Chain(())
 
 
@@ -81,8 +86,35 @@ def two_views(seed: int) -> dict:
     return {"image": (np.asarray(moved) + noise).astype(np.float32)}
 
 
+FIRST, SECOND, WINDOW = 9, 8, 20  # tokens of a window's documents, and its length
+
+
+def packed(seed: int) -> dict:
+    """Two documents to a window, then padding; some words are common, as in a language."""
+    random = np.random.default_rng(seed)
+    words = 5 + random.zipf(1.5, (BATCH, WINDOW)) % (WORDS.size - 5)
+    segments = np.repeat([1, 2, 0], [FIRST, SECOND, WINDOW - FIRST - SECOND])
+    words[:, [0, FIRST]], words[:, [FIRST - 1, FIRST + SECOND - 1]] = WORDS.start, WORDS.end
+    words[:, segments == 0] = WORDS.pad
+    segments = np.tile(segments, (BATCH, 1))
+    return {"tokens": words.astype(np.int32), "segments": segments.astype(np.int32)}
+
+
+def padding_written_over(batch: dict) -> dict:
+    words = np.where(batch["segments"] == 0, 50, batch["tokens"])
+    return {**batch, "tokens": words.astype(np.int32)}
+
+
+def documents_of_others(batch: dict) -> dict:
+    """Every second document is the next example's."""
+    second = batch["segments"] == 2
+    return {**batch, "tokens": np.where(second, np.roll(batch["tokens"], 1, 0), batch["tokens"])}
+
+
 def single(batch: dict) -> np.ndarray:
-    """What an encoder reads: the image, or its first view."""
+    """What an encoder reads: tokens, the image, or its first view."""
+    if "tokens" in batch:
+        return batch["tokens"]
     return batch["image"] if batch["image"].ndim == 4 else batch["image"][:, 0]
 
 
@@ -113,6 +145,16 @@ class OneMask(MAE):
     def mask(self, key, image):
         order, keep = super().mask(key, image[:1])
         return tuple(jnp.broadcast_to(x, (len(image), x.shape[1])) for x in (order, keep))
+
+
+class OneMaskOfText(MLM):
+    """MLM that hides the same places of every example, and all of them behind the mask."""
+
+    def mask(self, key, tokens, segments):
+        _, places, weight = super().mask(key, tokens[:1], segments[:1])
+        hidden = jnp.zeros(tokens.shape[1], bool).at[places[0]].set(weight[0] > 0)
+        masked = jnp.where(hidden, WORDS.mask, tokens)
+        return masked, *(jnp.broadcast_to(x, (len(tokens), x.shape[1])) for x in (places, weight))
 
 
 class Projector(nn.Module):
@@ -181,6 +223,11 @@ SMALL = ViT(32, 1, 4, patch=4, remat="none")  # compiles in half the time
 PROJECTOR, PREDICTOR = heads.byol(64, 32), heads.byol(64, 32)
 DECAY = Cosine(0.9, 1.0, 10)
 
+BERT = TextEncoder(WORDS, 32, 2, 4, length=WINDOW)
+LANGUAGE = MLM(MaskedLM(BERT), Masking(most=4))
+STILL = dataclasses.replace(BERT_FORM, dropout=0.0, attention_dropout=0.0)
+SAME = OneMaskOfText(MaskedLM(BERT.clone(form=STILL)), LANGUAGE.masking)
+
 # The net is one batch of 2 B, and the loss a mean over anchors: only pairs count.
 CONTRASTED = {
     "examples": Reorder(examples_reversed, same=True),
@@ -240,6 +287,19 @@ ROWS = {
         },
         still={},
         falls=0.85,
+    ),
+    "MLM": Row(
+        LANGUAGE,
+        packed,
+        {
+            # Masks and what is dropped are drawn by place in the batch.
+            "examples": Reorder(examples_reversed, same=False),
+            "examples under one mask": Reorder(examples_reversed, same=True, objective=SAME),
+            "documents under one mask": Reorder(documents_of_others, same=True, objective=SAME),
+            "padding": Reorder(padding_written_over, same=True),
+        },
+        still={},
+        falls=0.9,
     ),
     "Follow": Row(
         Follow(),

@@ -1,4 +1,4 @@
-"""A frozen backbone over a labelled set: images in, one float32 vector and one label each out."""
+"""A frozen backbone over a labelled set: examples in, one float32 vector and one label each out."""
 
 import functools
 import math
@@ -17,7 +17,9 @@ from jax.sharding import PartitionSpec as P
 from sslx.types import Array, Tree
 
 Pool = Literal["mean", "first"]
-View = Callable[[Array, Any], Any]  # (key, batch) -> batch whose image is float [B, H, W, C]
+View = Callable[[Array, Any], Any]  # (key, batch) -> batch that the encoder reads
+# The leaves of a batch that an encoder gets, in order, by what it `reads`.
+LEAVES = {"image": ("image",), "tokens": ("tokens", "segments")}
 IN_FLIGHT = 4  # batches dispatched before the oldest one's features are fetched
 
 
@@ -63,9 +65,24 @@ class Pixels(nn.Module):
     """The encoder that does nothing: one token, the view's pixels. Its probes are the floor."""
 
     prefix: ClassVar[int] = 0
+    reads: ClassVar[str] = "image"
 
     def __call__(self, x: Array, train: bool = False) -> Array:
         return x.reshape(len(x), 1, -1)  # [B, 1, H * W * C]
+
+
+class Counts(nn.Module):
+    """The floor of text: one token, how often each id below `size` occurs in a window."""
+
+    size: int
+    prefix: ClassVar[int] = 0
+    reads: ClassVar[str] = "tokens"
+
+    def __call__(self, tokens: Array, segments: Array, train: bool = False) -> Array:
+        real = segments > 0
+        row = jnp.arange(len(tokens))[:, None]
+        counts = jnp.zeros((len(tokens), self.size)).at[row, tokens].add(real)
+        return (counts / jnp.maximum(real.sum(1, keepdims=True), 1))[:, None]  # [B, 1, V]
 
 
 def extract(
@@ -79,8 +96,9 @@ def extract(
 ) -> Features:
     """Features of every valid row of finite labelled batches, one forward pass each.
 
-    A batch is image uint8 [B, H, W, C], label int32 [B], valid bool [B] and what else the view
-    reads; this process's rows of it where there are several, and then all receive all features.
+    A batch is label int32 [B], valid bool [B] and what the view reads: image uint8 [B, H, W, C]
+    and maybe more, or tokens and segments int32 [B, L]. It is this process's rows where there are
+    several, and then all receive all features.
     `sharding` places axis 0 of a batch. Batch i is rendered under fold_in(key(seed), i). One
     compilation per (module, view, pool, sharding) and shape, whatever the variables.
     """
@@ -115,8 +133,11 @@ def _forward(module, view, pool, sharding):
 
     def forward(variables, batch, seed, i):
         key = jax.random.fold_in(jax.random.key(seed), i)
-        tokens = module.apply(variables, view(key, batch)["image"], train=False)  # [B, N, D]
-        return pooled(tokens, module.prefix, pool), batch["label"], batch["valid"]
+        seen = view(key, batch)
+        leaves = LEAVES[getattr(module, "reads", "image")]  # an encoder of images may not say it
+        tokens = module.apply(variables, *(seen[leaf] for leaf in leaves), train=False)  # [B, N, D]
+        real = seen["segments"] > 0 if "segments" in leaves else None
+        return pooled(tokens, module.prefix, pool, real), batch["label"], batch["valid"]
 
     # Replicated outputs: each process then reads all rows from its own devices.
     return jax.jit(forward, out_shardings=sharding and NamedSharding(sharding.mesh, P()))
@@ -129,14 +150,22 @@ def _place(batch, sharding):
     return jax.tree.map(place, dict(batch))
 
 
-def pooled(tokens: Array, prefix: int, pool: Pool) -> Array:
-    """[B, N, D] -> float32 [B, D]: the mean of the patch tokens, or the first, a class token."""
+def pooled(tokens: Array, prefix: int, pool: Pool, real: Array | None = None) -> Array:
+    """[B, N, D] -> float32 [B, D]: the mean of the patch tokens, or the first, a class token.
+
+    `real` [B, N] is false for padding, which a mean leaves out; a single token stands for all.
+    """
     if tokens.ndim != 3:
         raise ValueError(f"An encoder gives tokens [B, N, D] but this one gave {tokens.shape}.")
     if pool == "first" and prefix == 0:
         raise ValueError("pool='first' needs an encoder with a class token: use pool='mean'.")
     tokens = tokens.astype(jnp.float32)
-    return tokens[:, 0] if pool == "first" else tokens[:, prefix:].mean(1)
+    if pool == "first":
+        return tokens[:, 0]
+    if real is None or real.shape != tokens.shape[:2]:
+        return tokens[:, prefix:].mean(1)
+    weight = real[..., None].astype(jnp.float32)  # [B, N, 1]
+    return (tokens * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
 
 
 def local_mesh(n: int) -> Mesh:

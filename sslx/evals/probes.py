@@ -88,8 +88,9 @@ class Probes:
             return tuple(features(self.test, view, batches, seed).x for view, seed in sides)
 
         train, test = features(self.train, views.eval), features(self.test, views.eval)
+        pictures = getattr(module, "reads", "image") == "image"  # a text has no two renderings
         for probe in self.on:
-            yield from probe(train, test, pairs)
+            yield from probe(train, test, pairs if pictures else None)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 `save` makes OUT/encoder/, which opens as ViTModel(..., add_pooling_layer=False) or as ResNetModel:
 all that a task after pretraining needs; and of an MAE OUT/, which opens as ViTMAEForPreTraining.
 `load` reads a ViT-MAE, `load_resnet` a ResNet, ours or another's. Their position tables are arrays
-of the checkpoint; ours are computed.
+of the checkpoint; ours are computed. `save_text` and `load_text` do both for BERT and RoBERTa.
 """
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,16 @@ from safetensors.numpy import load_file, save_file
 
 from sslx.export import keymaps
 from sslx.export.keymaps import HF_MAE, HF_POSITIONS, Arrays, listed, positions, sizes
-from sslx.models.layers import LayerNorm
+from sslx.models.layers import Gelu, LayerNorm, Normal
 from sslx.models.resnet import BASIC, BOTTLENECK, IMAGENET_STEM, ResNet, expansion
+from sslx.models.text import MaskedLM, TextEncoder
+from sslx.models.transformer import Form
 from sslx.models.vit import ViT
 from sslx.objectives.base import Objective
 from sslx.objectives.mae import MAE, Decoder
+from sslx.objectives.mlm import MLM
 from sslx.types import Buffers, Params, Tree
+from sslx.vocabulary import BERT, ROBERTA, Vocabulary
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of channels in [0, 1]
 Json = dict[str, Any]
@@ -58,10 +63,49 @@ VIT = (
         "{patch_size} in images of {image_size}, {num_channels} channels"
     ),
 )
+# Google's tanh form has two names in transformers, for one function.
+GELU: dict[str, Gelu] = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+NEEDED_TEXT = (
+    *SHAPE,
+    *("vocab_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps"),
+    *("hidden_act", "pad_token_id"),
+)
+COMPUTED_TEXT = {
+    "hidden_act": tuple(GELU),
+    "position_embedding_type": ("absolute",),
+    "tie_word_embeddings": (True,),
+    "is_decoder": (False,),
+}
+# Their classes for a model_type: the whole, and what AutoModel opens.
+CLASSES = {
+    "bert": ("BertForMaskedLM", "BertModel"),
+    "roberta": ("RobertaForMaskedLM", "RobertaModel"),
+    "roberta-prelayernorm": ("RobertaPreLayerNormForMaskedLM", "RobertaPreLayerNormModel"),
+}
+# What tokenizers call the special words of a Vocabulary.
+SPECIALS = {
+    "pad": ("[PAD]", "<pad>"),
+    "unknown": ("[UNK]", "<unk>"),
+    "start": ("[CLS]", "<s>"),
+    "end": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+# Arrays that stand beside the model's: BERT's pooler and its head for pairs of sentences, copies of
+# tied weights, and a buffer that old versions saved.
+ASIDE = re.compile(r"(.*\.)?(pooler\..*|cls\.seq_relationship\..*|position_ids|decoder\.bias)")
+TIED = re.compile(r"(cls\.predictions|lm_head)\.decoder\.weight")
+TEXT = (
+    "BERT",
+    (
+        "width {hidden_size}, depth {num_hidden_layers}, {num_attention_heads} heads, windows of "
+        "up to {max_position_embeddings} tokens, a vocabulary of {vocab_size}"
+    ),
+)
 # What the model card says of what opens with a class of transformers'.
 KINDS = {
     "ViTModel": VIT,
     "ViTMAEForPreTraining": VIT,
+    **{name: TEXT for names in CLASSES.values() for name in names},
     "ResNetModel": (
         "ResNet",
         "{depths} blocks ({layer_type}) of {hidden_sizes} channels, {num_channels} channels in",
@@ -200,6 +244,231 @@ def load_resnet(directory: Path | str) -> tuple[Json, Tree]:
             f"those of another model."
         )
     return fields, variables
+
+
+# ---- text ----
+
+
+def model_type(directory: Path | str) -> str:
+    """What a checkpoint's config.json says it is, such as "vit_mae", "bert" or "roberta"."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give the directory of a Hugging Face checkpoint.")
+    return json.loads(path.read_text(encoding="utf-8")).get("model_type", "")
+
+
+def save_text(
+    objective: Objective,
+    params: Params,
+    directory: Path | str,
+    card: Card = Card(),
+    tokenizer: Path | str | None = None,
+) -> None:
+    """Write OUT/: float32 weights, config, model card, and the tokenizer of a directory.
+
+    It opens as AutoModelForMaskedLM where the objective has such a head, and as AutoModel, whose
+    pooler is then new: masked language modeling trains none. Raises ValueError for an encoder that
+    is neither BERT's, RoBERTa's nor RobertaPreLayerNorm's, and for another model's tokenizer.
+    """
+    directory = Path(directory)
+    encoder, variables = objective.backbone(params, {})
+    if not isinstance(encoder, TextEncoder):
+        raise ValueError(f"Only a TextEncoder is exported as text, not {type(encoder).__name__}.")
+    kind, whole = _text_kind(encoder), isinstance(objective, MLM)
+    if whole and (objective.net.gelu or encoder.form.gelu) != _head(kind, encoder.form.gelu):
+        raise ValueError(
+            f"The GELU of {CLASSES[kind][0]}'s head is {_head(kind, encoder.form.gelu)!r} where "
+            f"that of the encoder is {encoder.form.gelu!r}: no other head can be exported."
+        )
+    table, tree = keymaps.HF_TEXT[kind], dict(params) if whole else {}
+    tree["encoder"] = variables["params"]
+    if not whole:
+        table = tuple(row for row in table if row[0].startswith("encoder/"))
+    config = _text_config(encoder, kind, CLASSES[kind][0 if whole else 1])
+    arrays = keymaps.write(table, tree, keymaps.sizes_of_text(encoder))
+    files = {} if tokenizer is None else _tokenizer(Path(tokenizer), encoder, kind)
+    _store(directory, config, arrays, _readme(objective, config, card), None)
+    for name, value in files.items():
+        _dump(directory / name, value)
+    if files:
+        shutil.copyfile(Path(tokenizer) / "tokenizer.json", directory / "tokenizer.json")
+
+
+def load_text(directory: Path | str) -> tuple[MaskedLM, Params]:
+    """A Hugging Face BERT or RoBERTa as our net and its params.
+
+    A checkpoint without a head gives those of `encoder` alone. The pooler and the head for pairs of
+    sentences are left out. Raises ValueError with the reason when it is not one that ours computes.
+    """
+    directory = Path(directory)
+    found = model_type(directory)
+    kind = found if found in CLASSES else "bert"  # `_config` then says what can be imported
+    config = _config(directory, kind, CLASSES[kind][0], NEEDED_TEXT, COMPUTED_TEXT)
+    width, depth, heads, hidden = (config[key] for key in SHAPE)
+    vocabulary = _vocabulary(directory, config)
+    offset = 0 if kind == "bert" else vocabulary.pad + 1
+    form = Form(
+        "pre" if kind == "roberta-prelayernorm" else "post",
+        config["layer_norm_eps"],
+        GELU[config["hidden_act"]],
+        config.get("hidden_dropout_prob", 0.1),
+        config.get("attention_probs_dropout_prob", 0.1),
+        Normal(config.get("initializer_range", 0.02)),
+    )
+    encoder = TextEncoder(
+        vocabulary,
+        width,
+        depth,
+        heads,
+        length=config["max_position_embeddings"] - offset,
+        offset=offset,
+        types=config["type_vocab_size"],
+        mlp_ratio=hidden / width,
+        form=form,
+    )
+    table, of = keymaps.HF_TEXT[kind], keymaps.sizes_of_text(encoder)
+    arrays = _text_arrays(directory, kind)
+    head = {name for path, name, _ in table if path.startswith("head/")}
+    if not head & set(arrays):  # saved by AutoModel, or a sentence encoder
+        table = tuple(row for row in table if row[0].startswith("encoder/"))
+    _check_names(arrays, {n for _, x, _ in table for n in keymaps.names(x, of)}, kind)
+    params = keymaps.read(table, arrays, of)
+    rows = {"word": vocabulary.size, "position": encoder.length + offset, "type": encoder.types}
+    for name, count in rows.items():
+        if (found := len(params["encoder"][name]["table"])) != count:
+            raise ValueError(
+                f"The table of {name} vectors has {found} rows and config.json says {count}: the "
+                f"weights are those of another model."
+            )
+    head = _head(kind, form.gelu)
+    return MaskedLM(encoder, None if head == form.gelu else head), params
+
+
+def _head(kind: str, gelu: Gelu) -> Gelu:
+    """The head's GELU in transformers: BERT's as the encoder's, RoBERTa's exact in any case."""
+    return gelu if kind == "bert" else "erf"
+
+
+def _text_kind(encoder: TextEncoder) -> str:
+    """The model_type that computes what an encoder does."""
+    padded = encoder.vocabulary.pad + 1
+    kinds = {("post", 0): "bert", ("post", padded): "roberta"}
+    kinds[("pre", padded)] = "roberta-prelayernorm"
+    norm, offset = encoder.form.norm, encoder.offset
+    if (norm, offset) not in kinds:
+        raise ValueError(
+            f"transformers has no encoder with norm={norm!r} and offset={offset} positions: use "
+            f"'post' with 0 (BERT), or 'post' or 'pre' with {padded}, one more than the padding's "
+            f"id (RoBERTa, RobertaPreLayerNorm)."
+        )
+    return kinds[norm, offset]
+
+
+def _text_config(encoder: TextEncoder, kind: str, opened: str) -> Json:
+    form, words = encoder.form, encoder.vocabulary
+    hidden = round(encoder.width * encoder.mlp_ratio)
+    of_stack = (encoder.width, encoder.depth, encoder.heads, hidden)
+    return {
+        "architectures": [opened],
+        "model_type": kind,
+        **dict(zip(SHAPE, of_stack, strict=True)),
+        "vocab_size": words.size,
+        "max_position_embeddings": encoder.length + encoder.offset,
+        "type_vocab_size": encoder.types,
+        "layer_norm_eps": form.epsilon,
+        "hidden_act": next(name for name, gelu in GELU.items() if gelu == form.gelu),
+        "hidden_dropout_prob": form.dropout,
+        "attention_probs_dropout_prob": form.attention_dropout,
+        "initializer_range": getattr(form.init, "std", 0.02),
+        "pad_token_id": words.pad,
+        "bos_token_id": words.start,
+        "eos_token_id": words.end,
+        "unk_token_id": words.unknown,
+        "mask_token_id": words.mask,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    }
+
+
+def _text_arrays(directory: Path, kind: str) -> dict[str, np.ndarray]:
+    """A checkpoint's arrays under the names of keymaps.HF_TEXT, without those that stand aside."""
+    prefix, arrays = kind.replace("-", "_") + ".", {}
+    found = _arrays(directory)
+    for name, array in found.items():
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")  # Google's, converted early
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if re.match(r"(embeddings|encoder|pooler|LayerNorm)\.", name):  # saved without its prefix
+            name = prefix + name
+        arrays[name] = array
+    words = arrays.get(prefix + "embeddings.word_embeddings.weight")
+    for name in [name for name in arrays if TIED.fullmatch(name)]:
+        if words is None or not np.array_equal(arrays.pop(name), words):
+            raise ValueError(
+                f"{name} is not the table of word vectors: sslx computes tied weights only."
+            )
+    return {name: array for name, array in arrays.items() if not ASIDE.fullmatch(name)}
+
+
+def _vocabulary(directory: Path, config: Json) -> Vocabulary:
+    """How many words, and which are special, by the tokenizer that lies beside the weights."""
+    size, path = config["vocab_size"], directory / "tokenizer.json"
+    if path.is_file():
+        words = {w["content"]: w["id"] for w in _added(path)}
+        ids = {
+            name: next((words[w] for w in spelled if w in words), None)
+            for name, spelled in SPECIALS.items()
+        }
+        if lacking := [SPECIALS[name][0] for name, at in ids.items() if at is None]:
+            raise ValueError(
+                f"{path} has no {listed(lacking)}: masked language modeling needs the special "
+                f"words of BERT or RoBERTa; use the checkpoint's own tokenizer."
+            )
+        return Vocabulary(size, **ids)
+    ours = ("pad", "unk", "bos", "eos", "mask")
+    ids = [config.get(f"{name}_token_id") for name in ours]
+    if None not in ids:
+        return Vocabulary(size, *ids)
+    for known in (BERT, ROBERTA):
+        if (known.size, known.pad) == (size, config["pad_token_id"]):
+            return known
+    raise ValueError(
+        f"{path} is missing, and a vocabulary of {size} is neither BERT's nor RoBERTa's: which ids "
+        f"are special is not known; save it with AutoTokenizer.from_pretrained(DIR)."
+        f"save_pretrained(DIR)."
+    )
+
+
+def _tokenizer(directory: Path, encoder: TextEncoder, kind: str) -> dict[str, Json]:
+    """tokenizer_config.json, by its name, for the tokenizer.json of a directory."""
+    path, words = directory / "tokenizer.json", encoder.vocabulary
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give the directory that `sslx tokenize` wrote.")
+    spelled = {w["id"]: w["content"] for w in _added(path)}
+    if lacking := [
+        f"{name}={at}"
+        for name, at in asdict(words).items()
+        if name in SPECIALS and at not in spelled
+    ]:
+        raise ValueError(
+            f"{path} has no special words at {listed(lacking)}: it is the tokenizer of another "
+            f"vocabulary than the model's."
+        )
+    names = {"pad": "pad", "unknown": "unk", "start": "cls", "end": "sep", "mask": "mask"}
+    config = {f"{theirs}_token": spelled[getattr(words, ours)] for ours, theirs in names.items()}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    config |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": encoder.length,
+        "model_input_names": inputs if kind == "bert" else [inputs[0], inputs[2]],
+    }
+    return {"tokenizer_config.json": config}
+
+
+def _added(path: Path) -> list[Json]:
+    return json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
+
+
+# ---- parts ----
 
 
 def backbone(

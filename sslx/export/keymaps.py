@@ -98,6 +98,64 @@ TIMM_VIT = (
     *under("transformer/norm/", "norm.", NORM),
 )
 
+# Text. `v` counts the rows of a table of vectors.
+ROWS = (("table", "weight", "v d -> v d"),)
+DENSE = (("kernel", "weight", "d w -> w d"), ("bias", "bias", "w -> w"))
+
+
+def text_encoder(norm1: str, norm2: str, *more: tuple[str, str, str]) -> Table:
+    """A post- or pre-norm encoder of text, by the places of its norms in a layer's names."""
+    layer = (
+        ("attention/qkv/kernel", "attention.self.{t}.weight", "l d t h e -> l t (h e) d"),
+        ("attention/qkv/bias", "attention.self.{t}.bias", "l t h e -> l t (h e)"),
+        *under("attention/out/", "attention.output.dense.", OUT),
+        *under("norm1/", norm1, NORMS),
+        *under("mlp/up/", "intermediate.dense.", UP),
+        *under("mlp/down/", "output.dense.", DOWN),
+        *under("norm2/", norm2, NORMS),
+    )
+    return (
+        *under("word/", "embeddings.word_embeddings.", ROWS),
+        *under("position/", "embeddings.position_embeddings.", ROWS),
+        *under("type/", "embeddings.token_type_embeddings.", ROWS),
+        *under("norm/", "embeddings.LayerNorm.", NORM),
+        *under("transformer/blocks/", "encoder.layer.{l}.", layer),
+        *more,
+    )
+
+
+POST = text_encoder("attention.output.LayerNorm.", "output.LayerNorm.")
+PRE = text_encoder(
+    "attention.LayerNorm.",
+    "intermediate.LayerNorm.",
+    *under("transformer/norm/", "LayerNorm.", NORM),
+)
+
+
+def masked_lm(prefix: str, encoder: Table, dense: str, norm: str, bias: str) -> Table:
+    """A whole model for masked language modeling; the word vectors are the decoder's too."""
+    return (
+        *under("encoder/", prefix, encoder),
+        *under("head/dense/", dense, DENSE),
+        *under("head/norm/", norm, NORM),
+        ("head/bias", bias, "v -> v"),
+    )
+
+
+# By transformers' model_type, which is also its prefix but for the hyphen.
+HEAD = ("lm_head.dense.", "lm_head.layer_norm.", "lm_head.bias")
+HF_TEXT = {
+    "bert": masked_lm(
+        "bert.",
+        POST,
+        "cls.predictions.transform.dense.",
+        "cls.predictions.transform.LayerNorm.",
+        "cls.predictions.bias",
+    ),
+    "roberta": masked_lm("roberta.", POST, *HEAD),
+    "roberta-prelayernorm": masked_lm("roberta_prelayernorm.", PRE, *HEAD),
+}
+
 CONV = (("kernel", "weight", "p q c d -> d c p q"),)
 STATISTICS = (("mean", "running_mean", "d -> d"), ("var", "running_var", "d -> d"))
 COUNT = "num_batches_tracked"
@@ -163,6 +221,12 @@ def sizes(stack, patch: int, channels: int, reads: int = 0) -> dict[str, int]:
     hidden = round(stack.width * stack.mlp_ratio)
     of_stack = {"l": stack.depth, "d": stack.width, "h": stack.heads, "m": hidden, "k": reads}
     return {**of_stack, "t": 3, "p": patch, "q": patch, "c": channels}
+
+
+def sizes_of_text(encoder) -> dict[str, int]:
+    """The letters of a TextEncoder."""
+    hidden = round(encoder.width * encoder.mlp_ratio)
+    return {"l": encoder.depth, "d": encoder.width, "h": encoder.heads, "m": hidden, "t": 3}
 
 
 def positions(rows: int, columns: int, width: int) -> np.ndarray:

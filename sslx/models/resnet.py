@@ -89,6 +89,7 @@ class ResNet(nn.Module):
     kernel_init: Init = he
     dtype: DTypeLike = jnp.float32
     prefix: ClassVar[int] = 0  # tokens in front of the positions
+    reads: ClassVar[str] = "image"
 
     @nn.compact
     def __call__(

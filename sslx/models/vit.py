@@ -39,6 +39,7 @@ class ViT(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: Remat = "dots"
     prefix: ClassVar[int] = 1  # tokens in front of the patches
+    reads: ClassVar[str] = "image"
 
     @nn.compact
     def __call__(

@@ -1,4 +1,4 @@
-"""Losses of embeddings, in float32 whatever the network computed in.
+"""Losses of embeddings and of logits, in float32 whatever the network computed in.
 
 Similarities are matrix products at precision "highest". By default a TPU multiplies float32 in
 bfloat16 and a GPU in TF32, with an error near 1e-3 that a temperature of 0.1 makes 1e-2 of a logit;
@@ -8,7 +8,7 @@ beside the encoder the exact product costs nothing.
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from sslx.ops.chunks import in_chunks
 from sslx.types import Array
@@ -44,3 +44,18 @@ def nt_xent(z: Float[Array, "B 2 P"], temperature: float, chunks: int = 1) -> Fl
 def regression(q: Float[Array, "B P"], z: Float[Array, "B P"]) -> Float[Array, "B"]:
     """|q / |q| - z / |z||^2 of every pair, 2 - 2 cos: 0 to 4 (arXiv:2006.07733, eq. 2)."""
     return jnp.square(unit(q) - unit(z)).sum(-1)
+
+
+def masked_cross_entropy(
+    logits: Float[Array, "B M V"],
+    target: Int[Array, "B M"],
+    weight: Float[Array, "B M"],
+    epsilon: float = 0.0,
+) -> Float[Array, ""]:
+    """The mean of -log softmax over what has weight, of the whole batch; 0 where nothing has.
+
+    BERT divides by the sum of weights plus `epsilon` 1e-5, RoBERTa and transformers by the sum.
+    """
+    each = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), target)
+    total = weight.sum()
+    return (weight * each).sum() / jnp.where(total + epsilon > 0, total + epsilon, 1.0)

@@ -1,7 +1,8 @@
-"""One training step, sslx beside a peer: seconds, images per second, ratio.
+"""One training step, sslx beside a peer: seconds, examples per second, ratio.
 
     python tests/benchmarks/step.py [mae|simclr|byol] [--variant S] [--size 224] [--batch 32]
         [--dtype float32] [--device cpu|gpu] [--rounds 5] [--contenders sslx,eager,compiled]
+    python tests/benchmarks/step.py bert [--variant base] [--length 128] [--dropout 0.1]
 
 Each contender lives in a process of its own. Rounds alternate: in each, every contender in turn
 takes `--steps` steps while the others sleep. Medians over rounds; ratio is the peer's time by
@@ -83,9 +84,10 @@ def sslx_step(args, objective, decode, views, optimizer=None):
     mesh = config.mesh.build()
     rng = np.random.default_rng(0)
     batch = {}
+    whole = {"extent": lambda: decode.size, "segments": lambda: 1}  # canvases, windows
     for name, (shape, dtype) in config.data.shapes(args.batch).items():
-        random = np.full if name == "extent" else rng.integers  # crops of whole canvases
-        given = (shape, decode.size) if name == "extent" else (0, 256, shape)
+        random = np.full if name in whole else rng.integers
+        given = (shape, whole[name]()) if name in whole else (5, 256, shape)
         batch[name] = jax.device_put(random(*given).astype(dtype), batch_sharding(mesh))
     with jax.set_mesh(mesh):
         state = fresh_state(config, mesh)
@@ -344,9 +346,90 @@ def torch_byol(args):
     return torch_two_views(args, "byol")
 
 
+# ---- BERT: 15 % of each window masked; dropout as published ----
+
+
+def sslx_bert(args):
+    """Masks drawn in the step; only masked places are projected to the vocabulary."""
+    import math
+    from dataclasses import replace
+
+    import jax.numpy as jnp
+
+    from sslx.models.text import BERT_FORM, MaskedLM, bert
+    from sslx.objectives.mlm import MLM, Masking
+    from sslx.views import Chain, Views
+
+    form = replace(BERT_FORM, gelu="erf", dropout=args.dropout, attention_dropout=args.dropout)
+    fields = {"form": form, "dtype": getattr(jnp, args.dtype), "remat": args.remat}
+    objective = MLM(
+        MaskedLM(bert(args.variant, **fields)), Masking(most=math.ceil(0.15 * args.length))
+    )
+    return sslx_step(args, objective, Windows(args.length), Views(Chain(()), Chain(())))
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Whole windows of one document: a decoder for `Pipeline` that only says shapes."""
+
+    length: int
+
+    @property
+    def shapes(self):
+        return dict.fromkeys(("tokens", "segments"), ((self.length,), "int32"))
+
+
+def torch_bert(args, compiled=False):
+    """transformers' model, which projects every place; its masks are ready, as a collator's."""
+    import torch
+    from transformers import BertConfig, BertForMaskedLM
+
+    from sslx.models.text import shape
+
+    width, depth, heads = shape(args.variant)
+    device = {"gpu": "cuda", "cpu": "cpu"}[args.device]
+    config = BertConfig(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        hidden_dropout_prob=args.dropout,
+        attention_probs_dropout_prob=args.dropout,
+        attn_implementation="sdpa",
+    )
+    model = BertForMaskedLM(config).to(device).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
+    tokens = torch.randint(5, 256, (args.batch, args.length), device=device)
+    hidden = torch.rand(tokens.shape, device=device) < 0.15
+    given = {
+        "input_ids": torch.where(hidden, 103, tokens),
+        "attention_mask": torch.ones_like(tokens),
+        "labels": torch.where(hidden, tokens, -100),
+    }
+    forward = torch.compile(model) if compiled else model
+    half = args.dtype == "bfloat16"
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
+            loss = forward(**given).loss
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step, None
+
+
+def torch_bert_compiled(args):
+    return torch_bert(args, compiled=True)
+
+
 # ---- all rows ----
 
 ROWS = {
+    "bert": {"sslx": sslx_bert, "eager": torch_bert, "compiled": torch_bert_compiled},
     "mae": {
         "sslx": sslx_mae,
         "sslx+views": sslx_mae_views,
@@ -356,7 +439,7 @@ ROWS = {
     "simclr": {"sslx": sslx_simclr, "eager": torch_simclr},
     "byol": {"sslx": sslx_byol, "eager": torch_byol},
 }
-VARIANT = {"mae": "S", "simclr": "18", "byol": "18"}
+VARIANT = {"mae": "S", "simclr": "18", "byol": "18", "bert": "base"}
 SIZE = {"mae": 224, "simclr": 32, "byol": 32}
 
 
@@ -405,10 +488,12 @@ def hear(process):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("row", nargs="?", default="mae", choices=ROWS)
-    parser.add_argument("--variant", help="S, B, ... of ViT; 18, 50, ... of ResNet")
+    parser.add_argument("--variant", help="S, B, ... of ViT; 18, 50, ... of ResNet; base, ...")
     parser.add_argument("--patch", type=int, default=16)
     parser.add_argument("--decoder", default="512x8x16", help="width x depth x heads")
     parser.add_argument("--size", type=int, help="of the views, in pixels")
+    parser.add_argument("--length", type=int, default=128, help="tokens of BERT's windows")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of BERT")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--remat", default="dots")
@@ -418,7 +503,7 @@ def main():
     parser.add_argument("--contenders", help="some of the row's, by commas")
     parser.add_argument("--contender", help="run as this one, told over standard input")
     args = parser.parse_args()
-    args.variant, args.size = args.variant or VARIANT[args.row], args.size or SIZE[args.row]
+    args.variant, args.size = args.variant or VARIANT[args.row], args.size or SIZE.get(args.row)
     if args.contender:
         return contend(args)
     names = args.contenders.split(",") if args.contenders else list(ROWS[args.row])
@@ -445,11 +530,14 @@ def report(args, facts, times):
     device = next(iter(facts.values()))["device"]
     peak = next((tera for kind, tera in PEAK.items() if kind in device), None)
     peak = peak if args.dtype == "bfloat16" else None
-    patch = f"/{args.patch}" * (args.row == "mae")
-    print(f"{args.row} {args.variant}{patch} {args.size} px, batch {args.batch},", end=" ")
+    what = {
+        "mae": f"/{args.patch} {args.size} px",
+        "bert": f" of {args.length} tokens, dropout {args.dropout}",
+    }.get(args.row, f" {args.size} px")
+    print(f"{args.row} {args.variant}{what}, batch {args.batch},", end=" ")
     print(f"{args.dtype}, {device}, {args.rounds} rounds of {args.steps} steps", end="")
     print(f", {flops / 1e9:,.0f} GFLOP a step" if flops else "")
-    columns = ("", "s/step", "cpu s", "images/s", "TFLOP/s", "of peak", "peer/sslx", "warm-up s")
+    columns = ("", "s/step", "cpu s", "examples/s", "TFLOP/s", "of peak", "peer/sslx", "warm-up s")
     print(("{:12}" + "{:>10}" * 7).format(*columns))
     for name, rounds in times.items():
         wall, cpu = (statistics.median(r[key] for r in rounds) for key in ("wall", "cpu"))

@@ -1,0 +1,112 @@
+"""What a masked language model makes of held-out text."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sslx.evals.probes import Labelled
+from sslx.objectives.mlm import MLM
+from sslx.sharding import check_batch
+from sslx.types import Array, Buffers, Params
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Masked perplexity and accuracy on held-out windows, the same masks at every call.
+
+    As the objective masks; what it swaps and leaves alone counts too. Beside them the numbers of
+    the best guess that reads nothing: the words' frequencies among these very targets, known as no
+    real unigram model knows them. At most `batches` are read.
+    """
+
+    data: Labelled
+    batch_size: int = 64
+    batches: int | None = None
+
+    def check(self) -> None:
+        self.data.check()
+
+    def __call__(
+        self, objective: MLM, params: Params, buffers: Buffers, views: Any, sharding=None
+    ) -> Iterator[tuple[str, float]]:
+        host, hosts = 0, 1
+        if sharding is not None:
+            check_batch(self.batch_size, sharding.mesh)
+            host, hosts = jax.process_index(), jax.process_count()
+        run, sums = _sums(objective, views.eval, sharding), []
+        with contextlib.closing(self.data.epoch(self.batch_size, host, hosts)) as epoch:
+            for i, batch in enumerate(islice(epoch, self.batches)):
+                batch = {name: x for name, x in batch.items() if name != "label"}
+                if sharding is not None:
+                    place = functools.partial(jax.make_array_from_process_local_data, sharding)
+                    batch = jax.tree.map(place, batch)
+                with jax.transfer_guard("allow"):  # of a scalar
+                    sums.append(run(params, batch, np.int32(i)))
+        if not sums:
+            raise ValueError("No windows to predict words of: the held-out pipeline is empty.")
+        loss, right, counts = (
+            np.sum(x, 0, dtype=np.float64) for x in zip(*jax.device_get(sums), strict=True)
+        )
+        total = counts.sum()
+        if not total:
+            raise ValueError("No word of the held-out windows can be masked: all are special.")
+        share = counts[counts > 0] / total
+        yield "mlm/loss", float(loss / total)
+        yield "mlm/perplexity", float(np.exp(loss / total))
+        yield "mlm/accuracy", float(right / total)
+        yield "unigram/perplexity", float(np.exp(-(share * np.log(share)).sum()))
+        yield "unigram/accuracy", float(share.max())
+
+
+@functools.lru_cache(maxsize=4)
+def _sums(objective: MLM, view, sharding: NamedSharding | None):
+    """The jitted (params, batch, i) -> sums over what is masked: loss, hits, targets by id [V]."""
+
+    def sums(params: Params, batch, i: Array):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), i))
+        seen = view(keys[0], batch)
+        tokens, segments = seen["tokens"], seen["segments"]
+        masked, places, weight = objective.mask(keys[1], tokens, segments)
+        weight = weight * batch["valid"][:, None]
+        logits = objective.net.apply({"params": params}, masked, segments, places)
+        target = jnp.take_along_axis(tokens, places, 1)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+        counts = jnp.zeros(logits.shape[-1]).at[target].add(weight)
+        return (weight * loss).sum(), (weight * (logits.argmax(-1) == target)).sum(), counts
+
+    return jax.jit(sums, out_shardings=sharding and NamedSharding(sharding.mesh, P()))
+
+
+def fill(
+    objective: MLM, params: Params, tokenizer: Any, text: str, count: int = 5
+) -> list[list[tuple[str, float]]]:
+    """The `count` likeliest words and their probabilities for every mask token in `text`.
+
+    `tokenizer` is one of Hugging Face's `tokenizers`. Raises ValueError where the text has no mask
+    token, or is longer than the encoder's windows.
+    """
+    words = objective.net.encoder.vocabulary
+    ids = [i for i in tokenizer.encode(text).ids if i not in (words.start, words.end)]
+    tokens = np.array([[words.start, *ids, words.end]], np.int32)
+    places = np.flatnonzero(tokens[0] == words.mask)[None]
+    if not places.size:
+        name = tokenizer.id_to_token(words.mask)
+        raise ValueError(f"There is no {name} in {text!r}: write it where a word is missing.")
+    tokens, places = jnp.asarray(tokens), jnp.asarray(places)
+    logits = objective.net.apply({"params": params}, tokens, None, places)[0]
+    share, best = jax.lax.top_k(jax.nn.softmax(logits), count)
+    share, best = np.asarray(share), np.asarray(best)
+    return [
+        [(tokenizer.decode([i]).strip(), float(p)) for i, p in zip(*row, strict=True)]
+        for row in zip(best.tolist(), share.tolist(), strict=True)
+    ]
