@@ -14,6 +14,8 @@ _HOMES = {
     # data and views
     "Pipeline": "sslx.data.pipeline",
     "Image": "sslx.data.image",
+    "Window": "sslx.data.text",
+    "Vocabulary": "sslx.vocabulary",
     "Views": "sslx.views",
     # methods and models
     "Objective": "sslx.objectives.base",
@@ -21,10 +23,15 @@ _HOMES = {
     "Decoder": "sslx.objectives.mae",
     "SimCLR": "sslx.objectives.simclr",
     "BYOL": "sslx.objectives.byol",
+    "MLM": "sslx.objectives.mlm",
+    "Masking": "sslx.objectives.mlm",
     "ViT": "sslx.models.vit",
     "vit": "sslx.models.vit",
     "ResNet": "sslx.models.resnet",
     "resnet": "sslx.models.resnet",
+    "MaskedLM": "sslx.models.text",
+    "bert": "sslx.models.text",
+    "roberta": "sslx.models.text",
     "Siamese": "sslx.models.heads",
     "Head": "sslx.models.heads",
     # optimization
