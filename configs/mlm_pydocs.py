@@ -20,11 +20,11 @@ from sslx.optim import AdamW
 from sslx.schedules import Cosine, Warmup
 from sslx.views import Chain, Views
 
-WINDOWS = 10_000
+WINDOWS = 3840
 
 
 def config(
-    epochs: int = 10,
+    epochs: int = 20,
     batch_size: int = 64,
     vocabulary_size: int = 8192,
     length: int = 128,
