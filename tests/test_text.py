@@ -622,9 +622,9 @@ def test_large_or_wrongly_labelled_text_is_refused(tmp_path, done, monkeypatch, 
         sources.open(f"text:{tmp_path}/b.jsonl?tokenizer={done}")
 
 
+@pytest.mark.slow
 def test_memory_is_flat(tmp_path, done):
-    """Ten times the text takes the same peak, within a tenth and 8 MB: read as one document, as
-    rows, and as one line."""
+    """Ten times the text, here one document on one line, takes the same peak within a tenth."""
     code = (
         "import resource, sys; from sslx.data.text import tokenize\n"
         "tokenize(sys.argv[1], sys.argv[2], tokenizer=sys.argv[3], workers=0)\n"
