@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from sslx.config import Config
 from sslx.data.pipeline import Pipeline
-from sslx.data.text import Window
+from sslx.data.tokenize import Window
 from sslx.evals.text import Perplexity
 from sslx.models.text import MaskedLM, bert
 from sslx.objectives.mlm import MLM, Masking

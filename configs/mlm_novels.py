@@ -14,7 +14,8 @@ Ours: no run yet.
 
 from sslx.config import Config
 from sslx.data.pipeline import Pipeline
-from sslx.data.text import Text, Window
+from sslx.data.text import Text
+from sslx.data.tokenize import Window
 from sslx.evals.knn import KNN
 from sslx.evals.linear import Linear
 from sslx.evals.probes import Probes

@@ -14,7 +14,7 @@ _HOMES = {
     # data and views
     "Pipeline": "sslx.data.pipeline",
     "Image": "sslx.data.image",
-    "Window": "sslx.data.text",
+    "Window": "sslx.data.tokenize",
     "Vocabulary": "sslx.vocabulary",
     "Views": "sslx.views",
     # methods and models

@@ -337,7 +337,7 @@ def tokenize(arguments) -> None:
         TransferSpeedColumn,
     )
 
-    from sslx.data import text
+    from sslx.data import tokenize
 
     index, slash, count = arguments.process.partition("/")
     if not (slash and index.isdigit() and count.isdigit()):
@@ -351,7 +351,7 @@ def tokenize(arguments) -> None:
         def said(done: int, total: int) -> None:
             bar.update(task, description="tokenizing", completed=done, total=total)
 
-        found = text.tokenize(
+        found = tokenize.tokenize(
             arguments.source,
             arguments.out,
             vocabulary_size=arguments.vocab,

@@ -22,10 +22,12 @@ from commands import REPO, start, stop, until
 
 from sslx.cli import main
 from sslx.data import sources, text
+from sslx.data.corpus import Tally, parquet_rows, pieces, spans, texts
 from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
 from sslx.data.sources import DataError
-from sslx.data.text import Window, tokenize
+from sslx.data.tokenize import Job, Window, claim, packed, record, run, tokenize
+from sslx.data.tokenizers import tokenizer, train_tokenizer, vocabulary
 from sslx.vocabulary import Vocabulary
 
 L = 24
@@ -136,14 +138,14 @@ def test_packing_fills_windows_and_cuts_only_what_must_be_cut():
             yield np.arange(base, base + size), True
             base += size
 
-    windows = [[len(ids) for ids in w] for w in text.packed(stream(3, 20, 1), 10)]
+    windows = [[len(ids) for ids in w] for w in packed(stream(3, 20, 1), 10)]
     assert windows == [[3], [8], [8], [4, 1]]  # room of 5 is less than SHORTEST: padded
-    windows = [[len(ids) for ids in w] for w in text.packed(stream(30, 98, 3), 64)]
+    windows = [[len(ids) for ids in w] for w in packed(stream(30, 98, 3), 64)]
     assert windows == [[30, 30], [62], [6, 3]]
-    windows = [[len(ids) for ids in w] for w in text.packed(stream(46, 9, 20), 64)]
+    windows = [[len(ids) for ids in w] for w in packed(stream(46, 9, 20), 64)]
     assert windows == [[46, 9], [20]]  # room of 16 - 11
     for sizes in ((62,), (62, 62), (63,), (61, 1), ()):
-        found = [ids for w in text.packed(stream(*sizes), 64) for ids in w]
+        found = [ids for w in packed(stream(*sizes), 64) for ids in w]
         joined = np.concatenate([*found, np.zeros(0, int)])
         assert joined.tolist() == list(range(sum(sizes)))
 
@@ -158,28 +160,28 @@ def test_packing_does_not_depend_on_pieces():
             for k, piece in enumerate(np.split(ids, cuts)):
                 yield piece, k == 0
 
-    whole = [[d.tolist() for d in w] for w in text.packed(split(1), 32)]
+    whole = [[d.tolist() for d in w] for w in packed(split(1), 32)]
     for _ in range(3):
-        assert [[d.tolist() for d in w] for w in text.packed(split(6), 32)] == whole
+        assert [[d.tolist() for d in w] for w in packed(split(6), 32)] == whole
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_pieces_of_a_long_document_are_tokenized_as_the_whole(kind, monkeypatch):
     documents = [prose(1, 3000), "a\n\n\n b  c \n\n" * 300, "x" * 500 + " y z" * 200, "ü\n" * 700]
-    found = text.train_tokenizer(lambda: documents, SIZE[kind], kind)
-    monkeypatch.setattr(text, "PIECE", 600)
+    found = train_tokenizer(lambda: documents, SIZE[kind], kind)
+    monkeypatch.setattr("sslx.data.corpus.PIECE", 600)
     for document in documents:
-        parts = text.pieces(document)
+        parts = pieces(document)
         assert "".join(parts) == document and max(map(len, parts)) <= 600 and len(parts) > 2
         ids = [id for part in parts for id in found.encode(part, add_special_tokens=False).ids]
         assert ids == found.encode(document, add_special_tokens=False).ids
-    assert text.pieces("x" * 1300) == ["x" * 600, "x" * 600, "x" * 100]
+    assert pieces("x" * 1300) == ["x" * 600, "x" * 600, "x" * 100]
 
 
 @pytest.mark.parametrize("size, dtype", [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
 def test_records_are_as_narrow_as_the_vocabulary_allows(size, dtype):
     special = Vocabulary(size, pad=9, start=7, end=8)
-    data = text.record([np.array([size - 1, 5]), np.array([6])], special)
+    data = record([np.array([size - 1, 5]), np.array([6])], special)
     assert np.frombuffer(data, dtype).tolist() == [2, 0, 4, 7, size - 1, 5, 8, 7, 6, 8]
     codes = np.frombuffer(data, dtype)
     example = Window(9, special)({"tokens": codes[3:], "starts": codes[1:3]})
@@ -194,8 +196,8 @@ def test_records_are_as_narrow_as_the_vocabulary_allows(size, dtype):
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_training_a_tokenizer_gives_the_same_in_every_process(kind):
     code = (
-        "import hashlib, test_text as t; from sslx.data import text\n"
-        f"found = text.train_tokenizer(lambda: t.DOCUMENTS, {SIZE[kind]}, {kind!r})\n"
+        "import hashlib, test_text as t; from sslx.data.tokenizers import train_tokenizer\n"
+        f"found = train_tokenizer(lambda: t.DOCUMENTS, {SIZE[kind]}, {kind!r})\n"
         "print(hashlib.sha256(found.to_str().encode()).hexdigest(), found.get_vocab_size())"
     )
     env = os.environ | {"PYTHONPATH": f"{REPO}:{REPO}/tests"}
@@ -207,7 +209,7 @@ def test_training_a_tokenizer_gives_the_same_in_every_process(kind):
 
 
 def test_trained_tokenizers_have_our_special_ids(done):
-    assert text.vocabulary(done) == Vocabulary(70)
+    assert vocabulary(done) == Vocabulary(70)
     ids = library(done).encode("the mat").ids
     assert (ids[0], ids[-1]) == (2, 3)  # for whoever opens it: [CLS] ... [SEP]
     assert library(done).token_to_id("[MASK]") == 4
@@ -235,11 +237,11 @@ def test_large_text_files_are_cut_at_lines_and_nothing_is_lost(tmp_path):
     (tmp_path / "a.txt").write_text("".join(lines))
     write_jsonl(tmp_path / "a.jsonl", lines)
     for name, documents in (("a.txt", 1), ("a.jsonl", 200)):
-        path, joined, tally = str(tmp_path / name), {}, text.Tally()
+        path, joined, tally = str(tmp_path / name), {}, Tally()
         for size in (10**9, 2000, 777):
-            stretches = text.spans(path, size)
+            stretches = spans(path, size)
             assert (len(stretches) > 1) == (size < 10**9)
-            found = [t for s in stretches for t, _ in text.texts(s, tally)]
+            found = [t for s in stretches for t, _ in texts(s, tally)]
             joined[size] = "".join(found)
         assert joined[2000] == joined[777] == joined[10**9] == "".join(lines)
         assert tally.counts == {"documents": 3 * documents}
@@ -249,11 +251,11 @@ def test_large_row_groups_are_cut_at_rows(tmp_path):
     documents = [prose(i, 30) for i in range(50)]
     for rows in (50, 13):
         pq.write_table(pa.table({"text": documents}), tmp_path / "a.parquet", row_group_size=rows)
-        stretches = text.spans(f"{tmp_path}/a.parquet", 500)
+        stretches = spans(f"{tmp_path}/a.parquet", 500)
         assert len(stretches) >= 8
-        tally = text.Tally()
-        assert [t for s in stretches for t, _ in text.texts(s, tally)] == documents
-        names = [name for s in stretches for name, _ in text.parquet_rows(s, ("text",))]
+        tally = Tally()
+        assert [t for s in stretches for t, _ in texts(s, tally)] == documents
+        names = [name for s in stretches for name, _ in parquet_rows(s, ("text",))]
         assert names == [f"{tmp_path}/a.parquet#{i}" for i in range(50)]
 
 
@@ -287,7 +289,7 @@ def test_killed_in_worker_processes_it_goes_on(corpus, done, tmp_path):
     out = tmp_path / "out"
     words = ("tokenize", big, out, "--tokenizer", done, "--length", L, "--workers", 2)
     code = (
-        "import sys; from sslx.data import text; text.PART = 100_000\n"
+        "import sys; from sslx.data import tokenize; tokenize.PART = 100_000\n"
         "from sslx.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     process = start(*words, code=code)
@@ -307,14 +309,14 @@ def test_killed_in_worker_processes_it_goes_on(corpus, done, tmp_path):
 
 def test_what_a_worker_meets_is_raised(corpus, done, tmp_path):
     out = tmp_path / "out"
-    job = text.Job(str(corpus), str(out), L, 3000)
-    text.claim(job, {})
+    job = Job(str(corpus), str(out), L, 3000)
+    claim(job, {})
     shutil.copy(f"{done}/tokenizer.json", out)
     _ = job.plan
     os.rename(corpus / "a.jsonl", corpus / "gone")
     try:
         with pytest.raises(OSError, match=r"a\.jsonl"):
-            text.run(job, list(range(len(job.parts))), 0, 1, 2, lambda *x: None)
+            run(job, list(range(len(job.parts))), 0, 1, 2, lambda *x: None)
     finally:
         os.rename(corpus / "gone", corpus / "a.jsonl")
 
@@ -530,19 +532,19 @@ def test_tokenizers_without_what_is_needed_are_refused(tmp_path, done):
 
     Tokenizer(models.BPE({"a": 0, "<pad>": 1, "<unk>": 2}, [])).save(f"{tmp_path}/t.json")
     with pytest.raises(DataError, match=r"has no start token, neither \[CLS\] nor <s>"):
-        text.vocabulary(f"{tmp_path}/t.json")
+        vocabulary(f"{tmp_path}/t.json")
     ids = {name: i for i, name in enumerate(("<s>", "<pad>", "</s>", "<unk>", "a"))}
     Tokenizer(models.BPE(ids, [])).save(f"{tmp_path}/gpt.json")
     with pytest.raises(DataError, match=r"gpt\.json has no mask token.*--vocab N"):
         tokenize("anything", f"{tmp_path}/out", tokenizer=f"{tmp_path}/gpt.json")
     assert not (tmp_path / "out").exists()
     Tokenizer(models.BPE(ids | {"<mask>": 9}, [])).save(f"{tmp_path}/roberta.json")
-    assert text.vocabulary(f"{tmp_path}/roberta.json") == Vocabulary(10, 1, 3, 0, 2, 9)
+    assert vocabulary(f"{tmp_path}/roberta.json") == Vocabulary(10, 1, 3, 0, 2, 9)
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(DataError, match=r"bad\.json is no tokenizer"):
-        text.vocabulary(f"{tmp_path}/bad.json")
+        vocabulary(f"{tmp_path}/bad.json")
     with pytest.raises(DataError, match="is missing: name a tokenizer"):
-        text.vocabulary(f"{tmp_path}/none.json")
+        vocabulary(f"{tmp_path}/none.json")
 
 
 def test_truncation_and_padding_of_a_tokenizer_are_left_out(done, tmp_path):
@@ -551,7 +553,7 @@ def test_truncation_and_padding_of_a_tokenizer_are_left_out(done, tmp_path):
     found.enable_padding(length=50)
     found.save(f"{tmp_path}/tokenizer.json")
     plain = library(done).encode(DOCUMENTS[1], add_special_tokens=False).ids
-    assert text.tokenizer(str(tmp_path)).encode(DOCUMENTS[1], add_special_tokens=False).ids == plain
+    assert tokenizer(str(tmp_path)).encode(DOCUMENTS[1], add_special_tokens=False).ids == plain
 
 
 @pytest.fixture
@@ -622,11 +624,11 @@ def test_large_or_wrongly_labelled_text_is_refused(tmp_path, done, monkeypatch, 
         sources.open(f"text:{tmp_path}/b.jsonl?tokenizer={done}")
 
 
+@pytest.mark.slow
 def test_memory_is_flat(tmp_path, done):
-    """Ten times the text takes the same peak, within a tenth and 8 MB: read as one document, as
-    rows, and as one line."""
+    """Ten times the text, here one document on one line, takes the same peak within a tenth."""
     code = (
-        "import resource, sys; from sslx.data.text import tokenize\n"
+        "import resource, sys; from sslx.data.tokenize import tokenize\n"
         "tokenize(sys.argv[1], sys.argv[2], tokenizer=sys.argv[3], workers=0)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

@@ -29,7 +29,7 @@ LENGTH, ROW = 128, 4000
 
 
 def through_sslx(source, out, tokenizer):
-    from sslx.data.text import tokenize
+    from sslx.data.tokenize import tokenize
 
     tokenize(source, out, tokenizer=tokenizer, length=LENGTH, workers=0)
 
@@ -109,7 +109,7 @@ def main():
     args = parser.parse_args()
     if args.child:
         return child(*args.child)
-    from sslx.data import text
+    from sslx.data.tokenizers import train_tokenizer
 
     if os.path.exists(args.text):
         import pyarrow.parquet as pq
@@ -122,7 +122,7 @@ def main():
     if len(sides) < 2:
         print("no `datasets` here to compare with: pip install datasets")
     with tempfile.TemporaryDirectory() as folder:
-        text.train_tokenizer(lambda: [body], 8192).save(f"{folder}/tokenizer.json")
+        train_tokenizer(lambda: [body], 8192).save(f"{folder}/tokenizer.json")
         for size in args.sizes:
             source, found = corpus(folder, size, body), {side: [] for side in sides}
             for _ in range(args.rounds if size <= 100 else 1):

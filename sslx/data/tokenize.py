@@ -1,0 +1,463 @@
+"""Raw text -> windows of tokens, once.
+
+    plan       files are cut into parts of about equal size: whole small files, byte ranges of large
+               ones (a line belongs to where it begins), rows of Parquet
+    write      each part becomes one shard, alone: so parts run in any process, on any host, in any
+               order, and a part that is written need not be written again
+    finish     when every shard is there, a manifest says what they hold
+
+A window is filled as RoBERTa's "full sentences" are (arXiv:1907.11692, 4.2): documents one after
+another, across their ends. Unlike there each has its own [start] and [end] and attends to itself
+alone, and one too long is cut between any two tokens, as BERT cuts, and goes on in the next window;
+only room of less than SHORTEST positions is padded instead.
+
+The same files, tokenizer and length give the same bytes, whatever the number of processes.
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sslx.data.corpus import Span, Tally, files, spans, texts
+from sslx.data.pipeline import cores, end_with_parent, spawning
+from sslx.data.sources import DataError, Record, Shards, needs
+from sslx.data.tokenizers import (
+    Kind,
+    digest,
+    tokenizer,
+    tokenizer_digest,
+    tokenizer_file,
+    train_tokenizer,
+    vocabulary,
+)
+from sslx.vocabulary import Vocabulary
+
+Said = Callable[[int, int], None]  # (bytes done, bytes in all), for a progress bar
+
+PART = 8 << 20  # bytes of a part; doubled until there are at most PARTS
+PARTS = 512  # readers keep as many files open
+SAMPLE = 1 << 30  # characters that a tokenizer is trained on, spread over the corpus
+SHORTEST = 16  # positions of a window below which a document is not begun that must be cut
+BATCH = 1 << 19  # characters encoded together
+
+
+# ---- packing ----
+
+
+def packed(stream: Iterable[tuple[np.ndarray, bool]], length: int) -> Iterator[list[np.ndarray]]:
+    """(ids of a piece, whether a document begins) -> windows, each a list of its documents' ids.
+
+    Each document takes two positions more than it has tokens. Nothing is lost, and cuts depend on
+    the documents alone, not on how they come in pieces.
+    """
+    shortest, nothing = min(SHORTEST, length) - 2, np.zeros(0, np.int64)
+    window, room, tail = [], length - 2, nothing
+    for ids, begins in chain(stream, [(nothing, True)]):
+        ended = tail if begins else nothing
+        tail = ids if begins or not len(tail) else np.concatenate([tail, ids])
+        for left, least in ((ended, 1), (tail, length - 1)):  # what goes on waits for a whole one
+            while len(left) >= least:
+                if window and len(left) > room and room < shortest:
+                    yield window
+                    window, room = [], length - 2
+                window.append(left[:room])
+                left = left[room:]
+                room -= len(window[-1]) + 2
+                if room < 1:
+                    yield window
+                    window, room = [], length - 2
+        tail = left
+    if window:
+        yield window
+
+
+def record(window: list[np.ndarray], vocabulary: Vocabulary) -> bytes:
+    """Number of documents, where each starts, ids: all uint16, or uint32 for large vocabularies."""
+    n, sizes = len(window), [len(ids) + 2 for ids in window]
+    starts = list(accumulate(sizes, initial=0))
+    found = np.empty(1 + n + starts[-1], width(vocabulary))
+    found[0], found[1 : 1 + n] = n, starts[:-1]
+    tokens = found[1 + n :]
+    for ids, start in zip(window, starts, strict=False):
+        tokens[start] = vocabulary.start
+        tokens[start + 1 : start + 1 + len(ids)] = ids
+        tokens[start + 1 + len(ids)] = vocabulary.end
+    return found.tobytes()
+
+
+def width(vocabulary: Vocabulary) -> np.dtype:
+    return np.dtype("<u2" if vocabulary.size <= 1 << 16 else "<u4")
+
+
+@dataclass(frozen=True)
+class Window:
+    """Decode a record into tokens int32 [L] and segments int32 [L].
+
+    `segments` is a token's document within the window, from 1; 0 where padded. Positions count
+    from 0 at the window's start, as in BERT's and RoBERTa's packed training. A longer text, which
+    only `text:` gives, is cut off at `length` and ends with [end].
+    """
+
+    length: int
+    vocabulary: Vocabulary
+
+    def __post_init__(self):
+        check_length(self.length)
+
+    def __call__(self, record: Record) -> dict[str, np.ndarray]:
+        ids, starts = record["tokens"], record["starts"]
+        tokens = np.full(self.length, self.vocabulary.pad, np.int32)
+        segments = np.zeros(self.length, np.int32)
+        n = min(len(ids), self.length)
+        tokens[:n], segments[starts] = ids[:n], 1
+        np.cumsum(segments[:n], out=segments[:n])
+        if n < len(ids):
+            tokens[-1] = self.vocabulary.end
+        return {"tokens": tokens, "segments": segments}
+
+    @property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape and dtype of what an example holds, known before any record is read."""
+        return {"tokens": ((self.length,), np.int32), "segments": ((self.length,), np.int32)}
+
+
+def check_length(length: int) -> None:
+    if not 8 <= length < 1 << 16:
+        raise DataError(f"a window of {length} tokens: lengths are from 8 to 65,535")
+
+
+# ---- writing ----
+
+
+@dataclass(frozen=True)
+class Job:
+    """Tokenize `source` into the folder `out`: what any process on any host needs to do its part.
+
+    `out` has a tokenizer.json before the first part is written. Pickles with the plan, once made.
+    """
+
+    source: str
+    out: str
+    length: int = 128
+    part: int | None = None  # bytes; None chooses
+
+    def __post_init__(self):
+        check_length(self.length)
+
+    @functools.cached_property
+    def plan(self) -> tuple[list[list[Span]], dict[str, str]]:
+        """The parts, and the files that are in none, with the reason."""
+        paths, size = files(self.source), self.part or PART
+        parts, dropped = partition(paths, size)
+        while self.part is None and len(parts) > PARTS:
+            size *= 2
+            parts, dropped = partition(paths, size)
+        return parts, dropped
+
+    @property
+    def parts(self) -> list[list[Span]]:
+        return self.plan[0]
+
+    def settings(self) -> dict[str, Any]:
+        """What the bytes of the shards depend on, but for the tokenizer."""
+        stretches = [(span.path, span.begin, span.end) for part in self.parts for span in part]
+        folders = {os.path.dirname(path) for path, *_ in stretches}
+        root = os.path.commonpath(folders) if folders else ""  # the whole corpus may move
+        told = [(os.path.relpath(path, root or "."), *ends) for path, *ends in stretches]
+        told = json.dumps([told, list(map(len, self.parts))])
+        return {"format": 1, "length": self.length, "source": digest(told.encode())}
+
+    def shard(self, k: int) -> Path:
+        return Path(self.out) / f"tokens-{k:05d}-of-{len(self.parts):05d}.array_record"
+
+    def done(self, k: int) -> dict[str, Any] | None:
+        """What is known of shard k, if it is written and whole."""
+        about = self.shard(k).with_suffix(".json")
+        if not about.exists():
+            return None
+        about, file = json.loads(about.read_text()), self.shard(k)
+        size = file.stat().st_size if file.exists() else 0
+        same = size == about["bytes"] and about["tokenizer"] == tokenizer_digest(self.out)
+        return about if same else None
+
+    def write(self, k: int, said: Callable[[int], None] = lambda count: None) -> None:
+        """Write part k as a shard, under another name until it is whole. Memory stays flat."""
+        tally, ids = Tally(), tokenizer(self.out)
+        special, part = vocabulary(self.out), self.parts[k]
+        told, size = 0, sum(span.size for span in part)
+
+        def encoded():
+            nonlocal told
+            stream = (pair for span in part for pair in texts(span, tally))
+            for batch in batched(stream, BATCH):
+                codes = ids.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+                for code, (_, begins) in zip(codes, batch, strict=True):
+                    found = np.array(code.ids, width(special))
+                    tally.counts["tokens"] += len(found)
+                    tally.counts["unknown"] += int((found == special.unknown).sum())
+                    yield found, begins
+                count = min(size - told, sum(len(text) for text, _ in batch))
+                told += count
+                said(count)
+
+        writer = needs("array_record.python.array_record_module", "array_record").ArrayRecordWriter
+        path, new = self.shard(k), self.shard(k).with_suffix(".new")
+        file = None
+        for window in packed(encoded(), self.length):
+            file = file or writer(str(new), "group_size:1,uncompressed")
+            file.write(record(window, special))
+            tally.counts["windows"] += 1
+            tally.counts["segments"] += len(window)
+        if file:  # a part without text has no shard
+            file.close()
+            verify(new, tally.counts["windows"])
+            new.replace(path)
+        said(size - told)
+        about = {
+            "bytes": path.stat().st_size if file else 0,
+            "tokenizer": tokenizer_digest(self.out),
+            "counts": dict(tally.counts),
+            "dropped": tally.dropped,
+        }
+        write_json(path.with_suffix(".json"), about)
+
+    def finish(self) -> dict[str, Any] | None:
+        """Write and return the manifest, or None while parts are missing."""
+        known = [self.done(k) for k in range(len(self.parts))]
+        if None in known:
+            return None
+        counts, dropped = Counter(dropped=len(self.plan[1])), dict(self.plan[1])
+        shards = []
+        for k, about in enumerate(known):
+            counts.update(about["counts"])
+            dropped |= about["dropped"]
+            if windows := about["counts"].get("windows", 0):
+                row = {"name": self.shard(k).name, "bytes": about["bytes"], "windows": windows}
+                shards.append(row)
+        if not shards:
+            few = "; ".join(f"{name} {reason}" for name, reason in list(dropped.items())[:3])
+            raise DataError(f"{self.source} holds no text: {few}")
+        special = vocabulary(self.out)
+        manifest = {
+            **self.settings(),
+            "vocabulary": asdict(special),
+            "tokenizer": tokenizer_digest(self.out),
+            "counts": {name: counts[name] for name in COUNTS},
+            "shards": shards,
+            "dropped": dropped,
+        }
+        write_json(Path(self.out) / "manifest.json", manifest)
+        return manifest
+
+    def sample(self) -> Iterator[str]:
+        """Text to train a tokenizer on: of every part its beginning, SAMPLE characters in all."""
+        total = sum(span.size for part in self.parts for span in part)
+        for part in self.parts:
+            room = SAMPLE * sum(span.size for span in part) // max(1, total)
+            for text, _ in (pair for span in part for pair in texts(span, Tally())):
+                yield text
+                room -= len(text)
+                if room < 0:
+                    break
+
+
+def partition(paths: list[str], size: int) -> tuple[list[list[Span]], dict[str, str]]:
+    """Consecutive spans of together at most `size`, and the files that cannot be read."""
+    parts, filled, dropped = [[]], 0, {}
+    for path in paths:
+        try:
+            stretches = spans(path, size)
+        except DataError as error:
+            dropped[path] = str(error)
+            continue
+        for span in stretches:
+            if parts[-1] and filled + span.size > size:
+                parts.append([])
+                filled = 0
+            parts[-1].append(span)
+            filled += span.size
+    return parts, dropped
+
+
+COUNTS = ("documents", "tokens", "unknown", "windows", "segments", "empty", "dropped")
+
+
+def tokenize(
+    source: str,
+    out: str,
+    *,
+    vocabulary_size: int | None = None,
+    tokenizer: str | None = None,
+    kind: Kind = "wordpiece",
+    length: int = 128,
+    workers: int | None = None,
+    process: tuple[int, int] = (0, 1),
+    part: int | None = None,
+    said: Said = lambda done, total: None,
+) -> dict[str, Any] | None:
+    """Write `source` as windows of tokens under `out`; interrupted, the same call goes on.
+
+    The tokenizer is trained on the source, or copied from a tokenizer.json. `process` (i, n) does
+    every n-th part from part i on, for a corpus that is spread over machines which share `out`.
+    Returns the manifest, or None if other processes have not finished.
+    """
+    job = Job(source, os.path.expanduser(out), length, part)
+    index, count = process
+    if not 0 <= index < count:
+        raise DataError(f"process {index} of {count}: processes count from 0")
+    if count > 1 and tokenizer is None:
+        raise DataError("several processes need one tokenizer: train it first, then --tokenizer F")
+    prepare(job, vocabulary_size, tokenizer, kind)
+    todo = range(index, len(job.parts), count)
+    sizes = {k: sum(span.size for span in job.parts[k]) for k in todo}
+    left = [k for k in todo if job.done(k) is None]
+    run(
+        job,
+        left,
+        sum(sizes.values()) - sum(sizes[k] for k in left),
+        sum(sizes.values()),
+        workers,
+        said,
+    )
+    return job.finish()
+
+
+def prepare(
+    job: Job,
+    vocabulary_size: int | None = None,
+    tokenizer: str | None = None,
+    kind: Kind = "wordpiece",
+) -> None:
+    """Make the folder and its tokenizer.json: copied from `tokenizer`, else trained."""
+    home = Path(job.out) / "tokenizer.json"
+    if tokenizer is not None:
+        vocabulary(tokenizer)  # has a mask token, before anything is written
+        data = Path(tokenizer_file(tokenizer)).read_bytes()
+        claim(job, {"tokenizer": digest(data)})
+        write_whole(home, data)
+        return
+    size = vocabulary_size or {"wordpiece": 30_522, "bpe": 50_265}[kind]
+    claim(job, {"kind": kind, "vocabulary_size": size})
+    if not home.exists():
+        write_whole(home, train_tokenizer(job.sample, size, kind).to_str(pretty=True).encode())
+
+
+def claim(job: Job, asked: dict[str, Any]) -> None:
+    """Make the folder this job's; raise if it is another's."""
+    path, ours = Path(job.out) / "job.json", job.settings() | asked
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        changed = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+        if changed:
+            raise DataError(
+                f"{job.out} was begun with another {', '.join(changed)}: remove it, or name "
+                "another folder"
+            )
+        return
+    if os.path.isdir(job.out) and os.listdir(job.out):
+        raise DataError(f"{job.out} holds other files: name a new folder")
+    Path(job.out).mkdir(parents=True, exist_ok=True)
+    write_json(path, ours)
+
+
+def run(job: Job, left: list[int], done: int, total: int, workers: int | None, said: Said) -> None:
+    """Write the parts `left` in processes, the next one free the next part; 0 for none but this."""
+    workers = min(cores() if workers is None else workers, len(left))
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        said(done, total)
+
+    add(0)
+    if workers < 2:
+        for k in left:
+            job.write(k, add)
+        return
+    context = multiprocessing.get_context("spawn")
+    told, turn, errors = context.Value("q", done), context.Value("q", 0), context.SimpleQueue()
+    crew = [
+        context.Process(target=labor, args=(job, left, turn, told, errors), daemon=True)
+        for _ in range(workers)
+    ]
+    with spawning():
+        for worker in crew:
+            worker.start()
+    try:
+        alive = True
+        while alive:
+            for worker in crew:
+                worker.join(0.1 / workers)
+            alive = any(worker.is_alive() for worker in crew)
+            said(told.value, total)
+            if not errors.empty():
+                raise errors.get()
+            if any(worker.exitcode for worker in crew):
+                raise DataError(
+                    "a worker was killed, perhaps for memory: the same command goes on; "
+                    f"fewer than {workers} workers need less"
+                )
+    finally:
+        for worker in crew:
+            worker.kill()  # they hear nothing else; what they had not finished is written again
+            worker.join()
+
+
+def labor(job: Job, left: list[int], turn, told, errors) -> None:
+    """In a worker: parts, until none is left."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+    def add(count: int) -> None:
+        with told.get_lock():
+            told.value += count
+
+    try:
+        while True:
+            with turn.get_lock():
+                k, turn.value = turn.value, turn.value + 1
+            if k >= len(left):
+                return
+            job.write(left[k], add)
+    except Exception as error:
+        errors.put(error)
+
+
+def batched(stream: Iterable[tuple[str, bool]], size: int) -> Iterator[list[tuple[str, bool]]]:
+    """Consecutive pieces of together about `size` characters."""
+    batch, held = [], 0
+    for pair in stream:
+        batch.append(pair)
+        held += len(pair[0])
+        if held >= size:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def verify(path: Path, windows: int) -> None:
+    """Raise if a shard does not hold what was written: a full disk tells nobody else."""
+    if Shards([str(path)]).ends[-1] != windows:
+        raise OSError(f"{path} does not hold its {windows} windows: is the disk full?")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """All or nothing; two processes may write the same at once."""
+    new = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.new")
+    new.write_bytes(data)
+    new.replace(path)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,160 @@
+"""Tokenizers: trained on text, read from a tokenizer.json, and what sslx wants to know of one.
+
+The same text gives the same tokenizer, in every process. Hugging Face `tokenizers`, which does the
+work, loads when it is needed.
+"""
+
+import functools
+import hashlib
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+from sslx.data.sources import DataError, needs
+from sslx.vocabulary import Vocabulary
+
+Kind = Literal["wordpiece", "bpe"]
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of what is trained here
+NAMES = {  # of a Vocabulary's fields: BERT's, RoBERTa's
+    "pad": ("[PAD]", "<pad>"),
+    "unknown": ("[UNK]", "<unk>"),
+    "start": ("[CLS]", "<s>"),
+    "end": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+ALPHABET = 1000  # characters of WordPiece, the most frequent ones; others are unknown
+
+
+def train_tokenizer(texts: Callable[[], Iterable[str]], size: int, kind: Kind = "wordpiece"):
+    """A `tokenizers.Tokenizer` of at most `size` ids trained on texts(), which is read twice.
+
+    wordpiece  BERT's, lower case, without accents, of the ALPHABET most frequent characters
+    bpe        byte-level, RoBERTa's: every text has an exact and reversible spelling
+    """
+    models, pre = hugging("models"), hugging("pre_tokenizers")
+    trainers, normal = hugging("trainers"), hugging("normalizers")
+    decoders, Tokenizer = hugging("decoders"), hugging("tokenizers").Tokenizer
+    if size <= len(SPECIAL) + 256 * (kind == "bpe"):
+        raise DataError(f"a {kind} vocabulary of {size} holds no words: BERT has 30,522")
+    if kind == "bpe":
+        tokenizer, options = Tokenizer(models.BPE()), {"min_frequency": 2, "show_progress": False}
+        tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=sorted(pre.ByteLevel.alphabet()),
+            **options,
+        )
+        tokenizer.train_from_iterator(texts(), trainer)
+    else:
+        found = trained_wordpiece(texts, size)
+        tokenizer = Tokenizer(models.WordPiece(found, unk_token="[UNK]"))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = (
+            normal.BertNormalizer(),
+            pre.BertPreTokenizer(),
+        )
+        tokenizer.decoder = decoders.WordPiece()
+        tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.post_processor = hugging("processors").TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return tokenizer
+
+
+def trained_wordpiece(texts, size: int) -> dict[str, int]:
+    """Tokens -> ids. The library numbers the letters within words (`##a`) in the order of a hash
+    table, which differs from process to process, and breaks ties between merges by number; so they
+    are numbered here, as if they were special, and the same text gives the same vocabulary."""
+    models, pre = hugging("models"), hugging("pre_tokenizers")
+    normalizer = hugging("normalizers").BertNormalizer()
+    raw, counts = Counter(), Counter()
+    for text in texts():
+        raw.update(text)
+    for letter, count in raw.items():
+        for x in normalizer.normalize_str(letter):
+            counts[x] += 0 if x.isspace() else count
+    letters = sorted(counts, key=lambda x: (-counts[x], x))
+    letters = sorted(x for x in letters[:ALPHABET] if counts[x])
+    within = [
+        f"##{x}"
+        for x in letters  # punctuation is always a word of its own
+        if (x.isalnum() if x.isascii() else unicodedata.category(x)[0] != "P")
+    ]
+    tokenizer = hugging("tokenizers").Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre.BertPreTokenizer()
+    trainer = hugging("trainers").WordPieceTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=[*SPECIAL, *within],
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    return tokenizer.get_vocab()
+
+
+def tokenizer(path: str):
+    """The tokenizer of a tokenizer.json or of the folder that holds one, for text as it stands:
+    without the truncation and padding that files bring along, and `[MASK]` written in a text is no
+    mask token."""
+    file = tokenizer_file(path)
+    return loaded(file, os.stat(file).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def loaded(file: str, modified: int):
+    del modified  # a file that is replaced is read again
+    try:
+        found = hugging("tokenizers").Tokenizer.from_file(file)
+    except DataError:
+        raise
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{file} is no tokenizer of Hugging Face tokenizers: {error}") from error
+    found.no_truncation()
+    found.no_padding()
+    found.encode_special_tokens = True
+    return found
+
+
+def vocabulary(path: str) -> Vocabulary:
+    """How many ids a tokenizer has, and which are special, by BERT's or RoBERTa's names."""
+    ids, special = tokenizer(path).get_vocab(with_added_tokens=True), {}
+    for what, names in NAMES.items():
+        found = [ids[name] for name in names if name in ids]
+        if not found:
+            raise DataError(
+                f"{tokenizer_file(path)} has no {what} token, neither {' nor '.join(names)}: "
+                "masked language modeling needs it; add it to the file's added_tokens, or train "
+                "one: sslx tokenize SOURCE OUT --vocab N"
+            )
+        special[what] = found[0]
+    return Vocabulary(max(ids.values()) + 1, **special)
+
+
+def hugging(name: str):
+    """A module of Hugging Face tokenizers."""
+    return needs("tokenizers" if name == "tokenizers" else f"tokenizers.{name}", "tokenizers")
+
+
+def tokenizer_file(path: str) -> str:
+    path = os.path.expanduser(path)
+    file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        raise DataError(f"{file} is missing: name a tokenizer.json, or a folder that holds one")
+    return file
+
+
+def tokenizer_digest(path: str) -> str:
+    return digest(Path(tokenizer_file(path)).read_bytes())
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
