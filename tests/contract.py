@@ -268,13 +268,6 @@ ROWS = {
         still=BIASES,
         falls=0.8,
     ),
-    "BYOL with ViT": Row(
-        BYOL(Siamese(SMALL, PROJECTOR, PREDICTOR), DECAY),
-        two_views,
-        PREDICTED,
-        still=BIASES | LAST,
-        falls=0.8,
-    ),
     "MAE": Row(
         TINY,
         pictures,
