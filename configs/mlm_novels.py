@@ -9,7 +9,14 @@ AG_NEWS is a folder with train.parquet and test.parquet, `text` and `label`; its
 probes alone, and without `news` there are none. Pre-norm and nothing dropped, as a short run wants.
 No paper publishes a number for it.
 
-Ours: no run yet.
+Measured 2026-11-20, two cores of an AMD EPYC shared with other jobs, jax 0.10.2: width=192, batches
+of 64, stopped after 468 of 937 steps, 30,000 windows in some 30 minutes. Not the default, and too
+short: the words are learned first, and news are told apart worse than by random vectors.
+
+                  masked accuracy   perplexity   news: k-NN   linear
+    468 steps          .129             389          .477       .635
+    random init        .000           8,469          .632       .666
+    unigrams           .062             453
 """
 
 from sslx.config import Config
