@@ -10,7 +10,8 @@ half=True. The probes read the labels of both splits; pretraining reads none.
     published=solo-learn   1,000 epochs, batches of 256: online linear 92.58
 
 lightly halves and averages the loss, a quarter of the paper's, which is ours: so its learning rate
-is divided by 4 here and its decay multiplied, which with SGD gives the same steps.
+is divided by 4 here and its decay multiplied, which with SGD gives the same steps. Its target, and
+solo-learn's, starts as a copy; ours, as DeepMind's, from a key of its own.
 
 Ours: no run yet.
 """
@@ -69,7 +70,7 @@ PUBLISHED = {
         200,
         128,
         CIFAR_STEM,
-        Head((1024, 256)),
+        Head((1024, 256), bias="all"),
         lambda steps: Constant(0.99),
         cifar_asymmetric(statistics=IMAGENET, kernel=triangle),
         sgd,
@@ -78,7 +79,7 @@ PUBLISHED = {
         1000,
         256,
         Stem(3, 1, 2, pool=False),
-        byol(),
+        byol(bias="all"),
         lambda steps: Cosine(0.99, 1.0, steps),
         cifar_asymmetric(),
         lars,
@@ -96,7 +97,8 @@ def config(
     half: bool = False,
 ) -> Config:
     p, dtype = PUBLISHED[published], jnp.bfloat16 if half else jnp.float32
-    epochs, batch_size = epochs or p.epochs, batch_size or p.batch_size
+    epochs = p.epochs if epochs is None else epochs
+    batch_size = p.batch_size if batch_size is None else batch_size
     per_epoch = TRAIN // batch_size
     steps, warm = epochs * per_epoch, min(10, epochs // 4) * per_epoch
     head = p.head.clone(dtype=dtype)  # the projector's form and the predictor's

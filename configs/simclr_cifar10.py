@@ -9,6 +9,9 @@ half=True. The probes read the labels of both splits; pretraining reads none.
     published=lightly      200 epochs, batches of 128: k-NN .847, of 512: .848 (the best epochs)
     published=solo-learn   1,000 epochs, batches of 256: online linear 90.74
 
+lightly's projector is that of its older versions, without BatchNorm; which one gave .847 is not
+said. Both libraries pass the two views apart, here BatchNorm sees them together, as in the paper.
+
 Ours: no run yet.
 """
 
@@ -65,7 +68,7 @@ PUBLISHED = {
         200,
         128,
         CIFAR_STEM,
-        Head((512, 128), bias="all"),
+        Head((512, 128), norm="none", bias="all"),
         0.5,
         cifar(0.5, statistics=IMAGENET, kernel=triangle),
         sgd,
@@ -92,7 +95,8 @@ def config(
     half: bool = False,
 ) -> Config:
     p, dtype = PUBLISHED[published], jnp.bfloat16 if half else jnp.float32
-    epochs, batch_size = epochs or p.epochs, batch_size or p.batch_size
+    epochs = p.epochs if epochs is None else epochs
+    batch_size = p.batch_size if batch_size is None else batch_size
     per_epoch = TRAIN // batch_size
     steps, warm = epochs * per_epoch, min(10, epochs // 4) * per_epoch
     encoder = resnet(depth, stem=p.stem, last_gamma=1.0, dtype=dtype)

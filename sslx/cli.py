@@ -245,7 +245,7 @@ def tokenizer_of(config) -> str | None:
     """The folder of the tokenizer that the training windows were written with, if it is there."""
     try:
         source, _ = config.data.mixture[0]
-        return source.path
+        return os.path.expanduser(source.path)
     except (ValueError, OSError, AttributeError) as error:
         print(f"sslx: exported without a tokenizer: {error}", file=sys.stderr)
         return None
@@ -278,17 +278,18 @@ def import_(arguments) -> None:
     if (run / "overrides.json").exists():
         raise ConfigError(f"{run} is a run already: name a new directory.")
     kind = hf.model_type(arguments.source)
+    default = {"bert": "bert_base"}.get(kind, "roberta_base" if kind in hf.CLASSES else "")
+    default = Path("configs") / f"{default or 'mae_vit_imagenet'}.py"
+    recipe = Recipe(arguments.recipe or default, tuple(arguments.overrides))
     if kind in hf.CLASSES:
         net, params = hf.load_text(arguments.source)
-        overrides = shape_of(net)
+        overrides = shape_of(net, recipe.load())
     else:
         fields, params = hf.load(arguments.source)
         parts = {name: fields.pop(name) for name in ("encoder", "decoder")}
         shape = {f"{part}.{name}": x for part, of in parts.items() for name, x in of.items()}
         overrides = [f"objective.{name}={value}" for name, value in (shape | fields).items()]
-    default = {"bert": "bert_base"}.get(kind, "roberta_base" if kind in hf.CLASSES else "")
-    default = Path("configs") / f"{default or 'mae_vit_imagenet'}.py"
-    recipe = Recipe(arguments.recipe or default, (*arguments.overrides, *overrides))
+    recipe = Recipe(recipe.path, (*recipe.overrides, *overrides))
     config = recipe.load()
     mesh = config.mesh.build()
     with jax.set_mesh(mesh):
@@ -309,9 +310,10 @@ def import_(arguments) -> None:
     print(f"{run}: a run at step 0; `sslx train {run}` goes on from it")
 
 
-def shape_of(net) -> list[str]:
-    """The overrides that give a recipe the net of a checkpoint, and its windows the vocabulary."""
+def shape_of(net, config) -> list[str]:
+    """The overrides that give a config the net of a checkpoint, and its windows the vocabulary."""
     from sslx.config import lines
+    from sslx.evals.text import Perplexity
 
     how = ("dtype", "remat", "form.init")  # the recipe's, as are its dropouts
 
@@ -323,7 +325,9 @@ def shape_of(net) -> list[str]:
     at = "objective.net"
     aside = tuple(f"{at}.encoder.{name}" for name in (*how, "form.dropout", "form.attention"))
     found = [item for item in leaves(net, at) if not item.startswith(aside)]
-    return found + leaves(net.encoder.vocabulary, "data.decode.vocabulary")
+    held_out = (name for name, e in config.evals.items() if isinstance(e, Perplexity))
+    read, words = ["data", *(f"evals.{name}.data" for name in held_out)], net.encoder.vocabulary
+    return found + [x for part in read for x in leaves(words, f"{part}.decode.vocabulary")]
 
 
 def tokenize(arguments) -> None:

@@ -201,9 +201,12 @@ def parse(current: Any, name: str, text: str, hint: Any = None) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    if current is None or current is inspect.Parameter.empty:
-        return value
     kind, given = type(current), type(value)
+    if current is None or current is inspect.Parameter.empty:
+        kinds = [k for k in (*allowed, hint) if k in (int, float, str, bool)]
+        if len(kinds) != 1:
+            return value
+        kind = kinds[0]
     if kind is str:
         value = value if given is str else text
         if get_origin(hint) is Literal and value not in allowed:
@@ -214,7 +217,8 @@ def parse(current: Any, name: str, text: str, hint: Any = None) -> Any:
     if kind is int and given is float and value.is_integer():
         return int(value)
     if kind is not given:
-        raise ConfigError(f"{name}={text}: expected {kind.__name__}, as {current!r} is.")
+        like = f", as {current!r} is" if type(current) is kind else ""
+        raise ConfigError(f"{name}={text}: expected {kind.__name__}{like}.")
     return value
 
 

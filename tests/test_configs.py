@@ -207,6 +207,10 @@ def test_parse_reads_a_dial_as_its_default():
     assert parse(200, "epochs", "1e2") == 100
     assert parse("tfds:x", "data", "digits:train") == "digits:train"
     assert parse(None, "anything", "3") == 3 and parse(None, "anything", "x") == "x"
+    assert parse(None, "epochs", "1e3", int | None) == 1000
+    for text in ("abc", "2.5"):
+        with pytest.raises(ConfigError, match=f"epochs={text}: expected int"):
+            parse(None, "epochs", text, int | None)
 
 
 @dataclass(frozen=True)

@@ -346,7 +346,7 @@ def prepare(
         claim(job, {"tokenizer": digest(data)})
         write_whole(home, data)
         return
-    size = vocabulary_size or {"wordpiece": 30_522, "bpe": 50_265}[kind]
+    size = vocabulary_size or 32_768  # not BERT's nor RoBERTa's: these mean their tokenizers
     claim(job, {"kind": kind, "vocabulary_size": size})
     if not home.exists():
         write_whole(home, train_tokenizer(job.sample, size, kind).to_str(pretty=True).encode())

@@ -179,4 +179,4 @@ def shape(variant: str) -> tuple[int, int, int]:
     if variant not in VARIANTS:
         raise ValueError(f"No BERT of variant {variant!r}: choose one of {', '.join(VARIANTS)}.")
     width, depth = VARIANTS[variant]
-    return width, depth, max(width // 64, 4)
+    return width, depth, max(width // 64, 2)

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import resource
 import statistics
 import subprocess
@@ -62,7 +63,13 @@ def child(side, source, out, tokenizer):
     SIDES[side](source, out, tokenizer)
     end = resource.getrusage(resource.RUSAGE_SELF)
     cpu = end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
-    print(json.dumps([cpu, time.perf_counter() - clock, end.ru_maxrss * 1024]))
+    print(json.dumps([cpu, time.perf_counter() - clock, peak()]))
+
+
+def peak():
+    """Bytes this program held at most; Linux. (ru_maxrss would count the parent it forked from.)"""
+    [line] = re.findall(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+    return int(line) * 1024
 
 
 def measure(side, source, tokenizer):
@@ -77,11 +84,8 @@ def measure(side, source, tokenizer):
 
 def corpus(folder, megabytes, text):
     """A .jsonl of that size, of rows of the text over and over."""
-    path, rows = (
-        f"{folder}/{megabytes}.jsonl",
-        [text[i : i + ROW] for i in range(0, len(text), ROW)],
-    )
-    lines, written = [json.dumps({"text": row}) + "\n" for row in rows], 0
+    path, written = f"{folder}/{megabytes}.jsonl", 0
+    lines = [json.dumps({"text": row}) + "\n" for row in split(text)]
     with open(path, "w") as file:
         while written < megabytes * 1_000_000:
             for line in lines:
@@ -89,6 +93,10 @@ def corpus(folder, megabytes, text):
                 if written >= megabytes * 1_000_000:
                     break
     return path
+
+
+def split(text):
+    return [text[i : i + ROW] for i in range(0, len(text), ROW)]
 
 
 def words():
@@ -122,19 +130,19 @@ def main():
     if len(sides) < 2:
         print("no `datasets` here to compare with: pip install datasets")
     with tempfile.TemporaryDirectory() as folder:
-        train_tokenizer(lambda: [body], 8192).save(f"{folder}/tokenizer.json")
+        train_tokenizer(lambda: split(body[:5_000_000]), 8192).save(f"{folder}/tokenizer.json")
         for size in args.sizes:
             source, found = corpus(folder, size, body), {side: [] for side in sides}
-            for _ in range(args.rounds if size <= 100 else 1):
+            for _ in range(args.rounds if size < 100 else 1):
                 for side in sides:
                     found[side].append(measure(side, source, folder))
             rates = {s: [size / cpu for cpu, _, _ in runs] for s, runs in found.items()}
             print(f"{size} MB")
             for side, runs in found.items():
-                peak = statistics.median(bytes for _, _, bytes in runs) / 1e6
+                held = statistics.median(most for _, _, most in runs) / 1e6
                 each = " ".join(f"{rate:.2f}" for rate in rates[side])
                 rate = statistics.median(rates[side])
-                print(f"  {side:9} {rate:6.2f} MB/s/core [{each}]   peak {peak:6.0f} MB")
+                print(f"  {side:9} {rate:6.2f} MB/s/core [{each}]   peak {held:6.0f} MB")
             if len(sides) > 1:
                 ratio = statistics.median(rates["sslx"]) / statistics.median(rates["datasets"])
                 print(f"  {'ratio':9} {ratio:6.2f}", flush=True)
