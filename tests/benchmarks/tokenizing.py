@@ -1,6 +1,6 @@
 """MB of text per second of processor time, and peak memory, beside `datasets.map`.
 
-    python tests/benchmarks/tokenize.py [--sizes 10 100 1000] [--rounds 3] [--text FILE.parquet]
+    python tests/benchmarks/tokenizing.py [--sizes 10 100 1000] [--rounds 3] [--text FILE.parquet]
 
 Same work on both sides, one process with one thread each: rows of .jsonl of about 4,000 characters,
 the same tokenizer (WordPiece, 8,192 ids), windows of 128 tokens on disk. `datasets` does it as
