@@ -590,12 +590,12 @@ def test_another_tokenizer_is_seen(corpus, copied):
 
 
 def test_what_does_not_fit_is_said_before_any_record_is_read(done, corpus):
-    with pytest.raises(DataError, match=r"recipe reads Vocabulary\(size=71.*tokenize with"):
-        Pipeline(f"tokens:{done}", Window(L, Vocabulary(71))).check()
+    with pytest.raises(DataError, match=r"recipe reads Vocabulary\(size=69.*tokenize with"):
+        Pipeline(f"tokens:{done}", Window(L, Vocabulary(69))).check()
     with pytest.raises(DataError, match=r"windows of 24 but the recipe reads 64: take length 24"):
         Pipeline(f"tokens:{done}", Window(64, Vocabulary(70))).check()
-    with pytest.raises(DataError, match=r"recipe reads Vocabulary\(size=71"):
-        Pipeline(sources.text(f"{corpus}/d.txt", done), Window(L, Vocabulary(71))).check()
+    with pytest.raises(DataError, match=r"recipe reads Vocabulary\(size=69"):
+        Pipeline(sources.text(f"{corpus}/d.txt", done), Window(L, Vocabulary(69))).check()
     with pytest.raises(DataError, match=r"gives tokens, which Image.* use Window"):
         Pipeline(f"tokens:{done}", Image(8)).check()
     with pytest.raises(DataError, match=r"gives image, which Window.* use Image"):
@@ -626,14 +626,17 @@ def test_large_or_wrongly_labelled_text_is_refused(tmp_path, done, monkeypatch, 
 
 @pytest.mark.slow
 def test_memory_is_flat(tmp_path, done):
-    """Ten times the text, here one document on one line, takes the same peak within a tenth."""
+    """Four times the text, here one document, takes the same peak within a twentieth.
+
+    (The allocator fills up in the first 8 MB: measured at 2, 8, 20 and 60 MB, 81, 87, 88, 89 MB.)
+    """
     code = (
         "import re, sys; from sslx.data.tokenize import tokenize\n"
-        "tokenize(sys.argv[1], sys.argv[2], tokenizer=sys.argv[3], workers=0)\n"
+        "tokenize(sys.argv[1], sys.argv[2], tokenizer=sys.argv[3], workers=0, part=500_000)\n"
         "print(*re.findall(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read()))"
     )
     peaks = {}
-    for count in (2, 20):
+    for count in (8, 32):
         path = tmp_path / f"{count}.txt"
         with path.open("w") as file:
             for _ in range(count * 1000):
@@ -642,4 +645,4 @@ def test_memory_is_flat(tmp_path, done):
         command = [sys.executable, "-c", code, path, tmp_path / f"out{count}", done]
         run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         peaks[count] = int(run.stdout)
-    assert peaks[20] < 1.1 * peaks[2] + 8_000, peaks
+    assert peaks[32] < 1.05 * peaks[8], peaks

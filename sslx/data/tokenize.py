@@ -191,7 +191,8 @@ class Job:
         return about if same else None
 
     def write(self, k: int, said: Callable[[int], None] = lambda count: None) -> None:
-        """Write part k as a shard, under another name until it is whole. Memory stays flat."""
+        """Write part k as a shard, under another name until it is whole. What is held in memory
+        does not depend on the part but for the index of its windows, some 130 bytes each."""
         tally, ids = Tally(), tokenizer(self.out)
         special, part = vocabulary(self.out), self.parts[k]
         told, size = 0, sum(span.size for span in part)
