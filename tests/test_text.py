@@ -22,7 +22,7 @@ from commands import REPO, start, stop, until
 
 from sslx.cli import main
 from sslx.data import sources, text
-from sslx.data.corpus import Tally, parquet_rows, pieces, spans, texts
+from sslx.data.corpus import Tally, blocks, parquet_rows, pieces, spans, texts
 from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
 from sslx.data.sources import DataError
@@ -245,6 +245,16 @@ def test_large_text_files_are_cut_at_lines_and_nothing_is_lost(tmp_path):
             joined[size] = "".join(found)
         assert joined[2000] == joined[777] == joined[10**9] == "".join(lines)
         assert tally.counts == {"documents": 3 * documents}
+
+
+def test_a_line_that_begins_where_a_part_does_belongs_to_it(tmp_path):
+    lines = [f"line {i:04d}\n" for i in range(100)]  # of 10 bytes
+    (tmp_path / "a.txt").write_text("".join(lines))
+    for size in (9, 10, 11, 100):
+        found = [b"".join(blocks(span)).decode() for span in spans(f"{tmp_path}/a.txt", size)]
+        assert "".join(found) == "".join(lines)
+        if size == 10:
+            assert found == lines
 
 
 def test_large_row_groups_are_cut_at_rows(tmp_path):
