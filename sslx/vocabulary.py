@@ -24,6 +24,14 @@ class Vocabulary:
         return (self.pad, self.unknown, self.start, self.end, self.mask)
 
 
+NAMES = {  # how the fields of a Vocabulary are written: BERT's way, RoBERTa's
+    "pad": ("[PAD]", "<pad>"),
+    "unknown": ("[UNK]", "<unk>"),
+    "start": ("[CLS]", "<s>"),
+    "end": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+
 BERT = Vocabulary(30_522, pad=0, unknown=100, start=101, end=102, mask=103)
 ROBERTA = Vocabulary(50_265, pad=1, unknown=3, start=0, end=2, mask=50_264)
 

@@ -345,12 +345,12 @@ def prepare(
         vocabulary(tokenizer)  # has a mask token, before anything is written
         data = Path(tokenizer_file(tokenizer)).read_bytes()
         claim(job, {"tokenizer": digest(data)})
-        write_whole(home, data)
+        replace_with(home, data)
         return
     size = vocabulary_size or 32_768  # not BERT's nor RoBERTa's: these mean their tokenizers
     claim(job, {"kind": kind, "vocabulary_size": size})
     if not home.exists():
-        write_whole(home, train_tokenizer(job.sample, size, kind).to_str(pretty=True).encode())
+        replace_with(home, train_tokenizer(job.sample, size, kind).to_str(pretty=True).encode())
 
 
 def claim(job: Job, asked: dict[str, Any]) -> None:
@@ -453,7 +453,7 @@ def verify(path: Path, windows: int) -> None:
         raise OSError(f"{path} does not hold its {windows} windows: is the disk full?")
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def replace_with(path: Path, data: bytes) -> None:
     """All or nothing; two processes may write the same at once."""
     new = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.new")
     new.write_bytes(data)
@@ -461,4 +461,4 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    replace_with(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())

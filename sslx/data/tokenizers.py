@@ -14,18 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 from sslx.data.sources import DataError, needs
-from sslx.vocabulary import Vocabulary
+from sslx.vocabulary import NAMES, Vocabulary
 
 Kind = Literal["wordpiece", "bpe"]
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of what is trained here
-NAMES = {  # of a Vocabulary's fields: BERT's, RoBERTa's
-    "pad": ("[PAD]", "<pad>"),
-    "unknown": ("[UNK]", "<unk>"),
-    "start": ("[CLS]", "<s>"),
-    "end": ("[SEP]", "</s>"),
-    "mask": ("[MASK]", "<mask>"),
-}
 ALPHABET = 1000  # characters of WordPiece, the most frequent ones; others are unknown
 
 

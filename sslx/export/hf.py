@@ -34,7 +34,7 @@ from sslx.objectives.base import Objective
 from sslx.objectives.mae import MAE, Decoder
 from sslx.objectives.mlm import MLM
 from sslx.types import Buffers, Params, Tree
-from sslx.vocabulary import BERT, ROBERTA, Vocabulary
+from sslx.vocabulary import BERT, NAMES, ROBERTA, Vocabulary
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of channels in [0, 1]
 Json = dict[str, Any]
@@ -81,14 +81,6 @@ CLASSES = {
     "bert": ("BertForMaskedLM", "BertModel"),
     "roberta": ("RobertaForMaskedLM", "RobertaModel"),
     "roberta-prelayernorm": ("RobertaPreLayerNormForMaskedLM", "RobertaPreLayerNormModel"),
-}
-# What tokenizers call the special words of a Vocabulary.
-SPECIALS = {
-    "pad": ("[PAD]", "<pad>"),
-    "unknown": ("[UNK]", "<unk>"),
-    "start": ("[CLS]", "<s>"),
-    "end": ("[SEP]", "</s>"),
-    "mask": ("[MASK]", "<mask>"),
 }
 # Arrays that stand beside the model's: BERT's pooler and its head for pairs of sentences, copies of
 # tied weights, and a buffer that old versions saved.
@@ -416,9 +408,9 @@ def _vocabulary(directory: Path, config: Json) -> Vocabulary:
         words = {w["content"]: w["id"] for w in _added(path)}
         ids = {
             name: next((words[w] for w in spelled if w in words), None)
-            for name, spelled in SPECIALS.items()
+            for name, spelled in NAMES.items()
         }
-        if lacking := [SPECIALS[name][0] for name, at in ids.items() if at is None]:
+        if lacking := [NAMES[name][0] for name, at in ids.items() if at is None]:
             raise ValueError(
                 f"{path} has no {listed(lacking)}: masked language modeling needs the special "
                 f"words of BERT or RoBERTa; use the checkpoint's own tokenizer."
@@ -445,9 +437,7 @@ def _tokenizer(directory: Path, encoder: TextEncoder, kind: str) -> dict[str, Js
         raise ValueError(f"{path} is missing: give the directory that `sslx tokenize` wrote.")
     spelled = {w["id"]: w["content"] for w in _added(path)}
     if lacking := [
-        f"{name}={at}"
-        for name, at in asdict(words).items()
-        if name in SPECIALS and at not in spelled
+        f"{name}={at}" for name, at in asdict(words).items() if name in NAMES and at not in spelled
     ]:
         raise ValueError(
             f"{path} has no special words at {listed(lacking)}: it is the tokenizer of another "
