@@ -1,6 +1,9 @@
 """Eight fake devices on the CPU, for every test; set before anything imports jax."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 from commands import TINY
@@ -14,6 +17,16 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300",
     ]
 )
+# Every process of a session, workers and commands, compiles what another has not.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sslx-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file first, so that in the end no process works alone."""
+    items.sort(key=lambda item: item.path.stem != "test_resume")
 
 
 @pytest.fixture(scope="session")

@@ -143,21 +143,6 @@ def test_data_loads_no_jax():
     assert loaded(code, "jax", "flax", "tensorflow", "torch") == []
 
 
-def test_training_loads_neither_tensorflow_nor_torch(tmp_path):
-    code = f"""
-import os
-os.environ["JAX_PLATFORMS"] = "cpu"
-from pathlib import Path
-import sslx
-from sslx.train import train
-config = sslx.load("configs/mae_digits.py", "steps=2", "batch_size=8",
-                   "objective.encoder.depth=1", "objective.decoder.depth=1")
-from dataclasses import replace
-train(replace(config, evals={{}}), Path({str(tmp_path)!r}))
-"""
-    assert loaded(code, "sslx.train", "tensorflow", "torch", "transformers") == ["sslx.train"]
-
-
 def test_public_names_exist():
     import sslx
 
