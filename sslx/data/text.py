@@ -311,9 +311,18 @@ def python_documents() -> Iterator[tuple[str, str]]:
             for topic, text in ast.literal_eval(table).items():
                 yield f"topic {topic}", text
         else:
-            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
-            nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-            found = [text for node in nodes if (text := ast.get_docstring(node))]
+            found = [text for node in documented(tree) if (text := ast.get_docstring(node))]
             if found:
                 yield name.as_posix(), "\n\n".join(found)
+
+
+def documented(tree: ast.Module) -> Iterator[ast.AST]:
+    """What can have a docstring, in the order of the source; expressions, which cannot, are left."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    left = [tree]
+    while left:
+        node = left.pop()
+        if isinstance(node, kinds):
+            yield node
+        inner = (ast.stmt, ast.excepthandler, ast.match_case)
+        left += [x for x in ast.iter_child_nodes(node) if isinstance(x, inner)][::-1]

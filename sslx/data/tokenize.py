@@ -14,6 +14,8 @@ only room of less than SHORTEST positions is padded instead.
 The same files, tokenizer and length give the same bytes, whatever the number of processes.
 """
 
+import contextlib
+import fcntl
 import functools
 import json
 import multiprocessing
@@ -191,8 +193,18 @@ class Job:
         return about if same else None
 
     def write(self, k: int, said: Callable[[int], None] = lambda count: None) -> None:
-        """Write part k as a shard, under another name until it is whole. What is held in memory
-        does not depend on the part but for the index of its windows, some 130 bytes each."""
+        """Write part k as a shard, under another name until it is whole. Another process that
+        writes the same part is waited for, and its shard taken. What is held in memory does not
+        depend on the part but for the index of its windows, some 130 bytes each."""
+        new = self.shard(k).with_suffix(".new")
+        with alone(new, os.O_CREAT | os.O_RDWR):
+            if self.done(k) is None:
+                self.write_as(new, k, said)
+            else:
+                said(sum(span.size for span in self.parts[k]))
+            new.unlink(missing_ok=True)
+
+    def write_as(self, new: Path, k: int, said: Callable[[int], None]) -> None:
         tally, ids = Tally(), tokenizer(self.out)
         special, part = vocabulary(self.out), self.parts[k]
         told, size = 0, sum(span.size for span in part)
@@ -212,8 +224,7 @@ class Job:
                 said(count)
 
         writer = needs("array_record.python.array_record_module", "array_record").ArrayRecordWriter
-        path, new = self.shard(k), self.shard(k).with_suffix(".new")
-        file = None
+        path, file = self.shard(k), None
         for window in packed(encoded(), self.length):
             file = file or writer(str(new), "group_size:1,uncompressed")
             file.write(record(window, special))
@@ -339,35 +350,53 @@ def prepare(
     tokenizer: str | None = None,
     kind: Kind = "wordpiece",
 ) -> None:
-    """Make the folder and its tokenizer.json: copied from `tokenizer`, else trained."""
-    home = Path(job.out) / "tokenizer.json"
-    if tokenizer is not None:
-        vocabulary(tokenizer)  # has a mask token, before anything is written
-        data = Path(tokenizer_file(tokenizer)).read_bytes()
-        claim(job, {"tokenizer": digest(data)})
-        replace_with(home, data)
-        return
+    """Make the folder and its tokenizer.json: copied from `tokenizer`, else trained.
+
+    The same command at once, as on every host of a pod, waits here for the first one.
+    """
+    out, home = Path(job.out), Path(job.out) / "tokenizer.json"
     size = vocabulary_size or 32_768  # not BERT's nor RoBERTa's: these mean their tokenizers
-    claim(job, {"kind": kind, "vocabulary_size": size})
-    if not home.exists():
-        replace_with(home, train_tokenizer(job.sample, size, kind).to_str(pretty=True).encode())
+    if tokenizer is None:
+        asked = {"kind": kind, "vocabulary_size": size}
+    else:
+        vocabulary(tokenizer)  # has a mask token, before anything is written
+        given = Path(tokenizer_file(tokenizer)).read_bytes()
+        asked = {"tokenizer": digest(given)}
+    ours = job.settings() | asked
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out, os.O_RDONLY):
+        claim(out, ours)
+        if tokenizer is not None:
+            replace_with(home, given)
+        elif not home.exists():
+            replace_with(home, train_tokenizer(job.sample, size, kind).to_str(pretty=True).encode())
 
 
-def claim(job: Job, asked: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def alone(path: Path, flags: int) -> Iterator[None]:
+    """Wait until no other process is here with the same file or folder."""
+    lock = os.open(path, flags)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def claim(out: Path, ours: dict[str, Any]) -> None:
     """Make the folder this job's; raise if it is another's."""
-    path, ours = Path(job.out) / "job.json", job.settings() | asked
+    path = out / "job.json"
     if path.exists():
         theirs = json.loads(path.read_text())
         changed = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
         if changed:
             raise DataError(
-                f"{job.out} was begun with another {', '.join(changed)}: remove it, or name "
+                f"{out} was begun with another {', '.join(changed)}: remove it, or name "
                 "another folder"
             )
         return
-    if os.path.isdir(job.out) and os.listdir(job.out):
-        raise DataError(f"{job.out} holds other files: name a new folder")
-    Path(job.out).mkdir(parents=True, exist_ok=True)
+    if os.listdir(out):
+        raise DataError(f"{out} holds other files: name a new folder")
     write_json(path, ours)
 
 
