@@ -201,7 +201,7 @@ def parse(current: Any, name: str, text: str, hint: Any = None) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    kind, given = type(current), type(value)
+    kind, given = float if hint is float else type(current), type(value)
     if current is None or current is inspect.Parameter.empty:
         kinds = [k for k in (*allowed, hint) if k in (int, float, str, bool)]
         if len(kinds) != 1:

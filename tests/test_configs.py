@@ -211,6 +211,7 @@ def test_parse_reads_a_dial_as_its_default():
     for text in ("abc", "2.5"):
         with pytest.raises(ConfigError, match=f"epochs={text}: expected int"):
             parse(None, "epochs", text, int | None)
+    assert parse(1, "epochs", "0.3", float) == 0.3 and parse(1, "epochs", "3", float) == 3.0
 
 
 @dataclass(frozen=True)
