@@ -44,6 +44,7 @@ class Perplexity:
             check_batch(self.batch_size, sharding.mesh)
             host, hosts = jax.process_index(), jax.process_count()
         run, sums = _sums(objective, views.eval, sharding), []
+        counts = None  # of targets by id [V], all batches together
         with contextlib.closing(self.data.epoch(self.batch_size, host, hosts)) as epoch:
             for i, batch in enumerate(islice(epoch, self.batches)):
                 batch = {name: x for name, x in batch.items() if name != "label"}
@@ -51,12 +52,13 @@ class Perplexity:
                     place = functools.partial(jax.make_array_from_process_local_data, sharding)
                     batch = jax.tree.map(place, batch)
                 with jax.transfer_guard("allow"):  # of a scalar
-                    sums.append(run(params, batch, np.int32(i)))
+                    loss, right, more = run(params, batch, np.int32(i))
+                sums.append((loss, right))
+                counts = more if counts is None else jax.block_until_ready(counts) + more
         if not sums:
             raise ValueError("No windows to predict words of: the held-out pipeline is empty.")
-        loss, right, counts = (
-            np.sum(x, 0, dtype=np.float64) for x in zip(*jax.device_get(sums), strict=True)
-        )
+        loss, right = np.sum(jax.device_get(sums), 0, dtype=np.float64)
+        counts = np.asarray(jax.device_get(counts), np.float64)
         total = counts.sum()
         if not total:
             raise ValueError("No word of the held-out windows can be masked: all are special.")
