@@ -5,7 +5,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,13 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sslx.models.heads import Pool, pooled
 from sslx.types import Array, Tree
 
-Pool = Literal["mean", "first"]
 View = Callable[[Array, Any], Any]  # (key, batch) -> batch that the encoder reads
 # The leaves of a batch that an encoder gets, in order, by what it `reads`.
 LEAVES = {"image": ("image",), "tokens": ("tokens", "segments")}
+COLUMNS = 8192  # of word counts
 IN_FLIGHT = 4  # batches dispatched before the oldest one's features are fetched
 
 
@@ -72,17 +73,20 @@ class Pixels(nn.Module):
 
 
 class Counts(nn.Module):
-    """The floor of text: one token, how often each id below `size` occurs in a window."""
+    """The floor of text: one token, how often each id below `size` occurs in a window.
+
+    Beyond COLUMNS ids share columns (the hashing trick, arXiv:0902.2206): 32 KiB a text at most.
+    """
 
     size: int
     prefix: ClassVar[int] = 0
     reads: ClassVar[str] = "tokens"
 
     def __call__(self, tokens: Array, segments: Array, train: bool = False) -> Array:
-        real = segments > 0
+        real, columns = segments > 0, min(self.size, COLUMNS)
         row = jnp.arange(len(tokens))[:, None]
-        counts = jnp.zeros((len(tokens), self.size)).at[row, tokens].add(real)
-        return (counts / jnp.maximum(real.sum(1, keepdims=True), 1))[:, None]  # [B, 1, V]
+        counts = jnp.zeros((len(tokens), columns)).at[row, tokens % columns].add(real)
+        return (counts / jnp.maximum(real.sum(1, keepdims=True), 1))[:, None]  # [B, 1, columns]
 
 
 def extract(
@@ -148,24 +152,6 @@ def _place(batch, sharding):
         return jax.device_put(batch)
     place = functools.partial(jax.make_array_from_process_local_data, sharding)
     return jax.tree.map(place, dict(batch))
-
-
-def pooled(tokens: Array, prefix: int, pool: Pool, real: Array | None = None) -> Array:
-    """[B, N, D] -> float32 [B, D]: the mean of the patch tokens, or the first, a class token.
-
-    `real` [B, N] is false for padding, which a mean leaves out; a single token stands for all.
-    """
-    if tokens.ndim != 3:
-        raise ValueError(f"An encoder gives tokens [B, N, D] but this one gave {tokens.shape}.")
-    if pool == "first" and prefix == 0:
-        raise ValueError("pool='first' needs an encoder with a class token: use pool='mean'.")
-    tokens = tokens.astype(jnp.float32)
-    if pool == "first":
-        return tokens[:, 0]
-    if real is None or real.shape != tokens.shape[:2]:
-        return tokens[:, prefix:].mean(1)
-    weight = real[..., None].astype(jnp.float32)  # [B, N, 1]
-    return (tokens * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
 
 
 def local_mesh(n: int) -> Mesh:

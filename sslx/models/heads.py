@@ -96,12 +96,25 @@ class Siamese(nn.Module):
 
     def encode(self, image: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B D"]:
         """The mean of the patch tokens, or the first token, in float32."""
-        tokens = self.encoder(image, train).astype(jnp.float32)  # [B, N, D]
-        if self.pool == "first":
-            if not self.encoder.prefix:
-                raise ValueError("pool='first' needs a class token: use pool='mean'.")
-            return tokens[:, 0]
-        return tokens[:, self.encoder.prefix :].mean(1)
+        return pooled(self.encoder(image, train), self.encoder.prefix, self.pool)
 
     def project(self, h: Float[Array, "B D"], train: bool = False) -> Float[Array, "B P"]:
         return self.projector(h, train)
+
+
+def pooled(tokens: Array, prefix: int, pool: Pool, real: Array | None = None) -> Array:
+    """[B, N, D] -> float32 [B, D]: the mean of the patch tokens, or the first, a class token.
+
+    `real` [B, N] is false for padding, which a mean leaves out; a single token stands for all.
+    """
+    if tokens.ndim != 3:
+        raise ValueError(f"An encoder gives tokens [B, N, D] but this one gave {tokens.shape}.")
+    if pool == "first" and prefix == 0:
+        raise ValueError("pool='first' needs a class token: use pool='mean'.")
+    tokens = tokens.astype(jnp.float32)
+    if pool == "first":
+        return tokens[:, 0]
+    if real is None or real.shape != tokens.shape[:2]:
+        return tokens[:, prefix:].mean(1)
+    weight = real[..., None].astype(jnp.float32)  # [B, N, 1]
+    return (tokens * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
