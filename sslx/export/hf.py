@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from sslx.data.tokenizers import tokenizer_file
 from sslx.export import keymaps
 from sslx.export.keymaps import HF_MAE, HF_POSITIONS, Arrays, listed, positions, sizes
 from sslx.models.layers import Gelu, LayerNorm, Normal
@@ -256,7 +257,7 @@ def save_text(
     card: Card = Card(),
     tokenizer: Path | str | None = None,
 ) -> None:
-    """Write OUT/: float32 weights, config, model card, and the tokenizer of a directory.
+    """Write OUT/: float32 weights, config, model card, and the tokenizer of a file or folder.
 
     It opens as AutoModelForMaskedLM where the objective has such a head, and as AutoModel, whose
     pooler is then new: masked language modeling trains none. Raises ValueError for an encoder that
@@ -278,12 +279,13 @@ def save_text(
         table = tuple(row for row in table if row[0].startswith("encoder/"))
     config = _text_config(encoder, kind, CLASSES[kind][0 if whole else 1])
     arrays = keymaps.write(table, tree, keymaps.sizes_of_text(encoder))
-    files = {} if tokenizer is None else _tokenizer(Path(tokenizer), encoder, kind)
+    words = None if tokenizer is None else Path(tokenizer_file(str(tokenizer)))
+    files = {} if words is None else _tokenizer(words, encoder, kind)
     _store(directory, config, arrays, _readme(objective, config, card), None)
     for name, value in files.items():
         _dump(directory / name, value)
-    if files:
-        shutil.copyfile(Path(tokenizer) / "tokenizer.json", directory / "tokenizer.json")
+    if words:
+        shutil.copyfile(words, directory / "tokenizer.json")
 
 
 def load_text(directory: Path | str) -> tuple[MaskedLM, Params]:
@@ -430,11 +432,9 @@ def _vocabulary(directory: Path, config: Json) -> Vocabulary:
     )
 
 
-def _tokenizer(directory: Path, encoder: TextEncoder, kind: str) -> dict[str, Json]:
-    """tokenizer_config.json, by its name, for the tokenizer.json of a directory."""
-    path, words = directory / "tokenizer.json", encoder.vocabulary
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: give the directory that `sslx tokenize` wrote.")
+def _tokenizer(path: Path, encoder: TextEncoder, kind: str) -> dict[str, Json]:
+    """tokenizer_config.json, by its name, for a tokenizer.json."""
+    words = encoder.vocabulary
     spelled = {w["id"]: w["content"] for w in _added(path)}
     if lacking := [
         f"{name}={at}" for name, at in asdict(words).items() if name in NAMES and at not in spelled
