@@ -11,6 +11,7 @@ _HOMES = {
     "load": "sslx.config",
     "TrainState": "sslx.train",
     "train_step": "sslx.train",
+    "restored": "sslx.train",
     # data and views
     "Pipeline": "sslx.data.pipeline",
     "Image": "sslx.data.image",

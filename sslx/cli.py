@@ -154,7 +154,7 @@ def eval_(arguments) -> None:
     from sslx.evals.features import Counts, Pixels
     from sslx.models.text import TextEncoder
     from sslx.sharding import batch_sharding
-    from sslx.train import fresh_state
+    from sslx.train import fresh_state, restored
 
     config, mesh, step, state = restored(arguments.workdir, arguments.step)
     probes, place = probes_of(config, arguments.data, arguments.on), batch_sharding(mesh)
@@ -218,6 +218,7 @@ def export(arguments) -> None:
     from sslx.config import ConfigError, printed
     from sslx.export import hf, timm
     from sslx.models.text import TextEncoder
+    from sslx.train import restored
 
     run, out = arguments.workdir, arguments.out
     config, mesh, step, state = restored(run, arguments.step)
@@ -431,27 +432,6 @@ def start_jax() -> None:
     if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
         cache = Path(env.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sslx"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-
-
-def restored(run: Path, step: int | None):
-    """(config, mesh, step, state) of a run's checkpoint: the newest, or the one of `step`."""
-    from sslx.checkpoint import CheckpointError, Checkpoints
-    from sslx.config import recipe_of
-    from sslx.train import abstract_state
-
-    config = recipe_of(run).load()
-    mesh = config.mesh.build()
-    checkpoints = Checkpoints(run / "checkpoints", config.keep)
-    try:
-        steps = checkpoints.steps()
-        if not steps:
-            raise CheckpointError(f"{run} has no checkpoint yet: train it first.")
-        if step is not None and step not in steps:
-            raise CheckpointError(f"{run} has no checkpoint of step {step}, only of {steps}.")
-        found = checkpoints.restore(abstract_state(config, mesh), step)
-    finally:
-        checkpoints.close()
-    return config, mesh, *found
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx.checkpoint import CheckpointError, Checkpoints
-from sslx.config import Config
+from sslx.config import Config, recipe_of
 from sslx.log import Clock, Log, write_whole
 from sslx.ops.trees import norm
 from sslx.sharding import batch_sharding, check_batch, shardings
@@ -161,6 +161,26 @@ def fresh_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
 
     with jax.set_mesh(mesh):
         return jax.jit(make, out_shardings=where)(new_key(config))
+
+
+def restored(
+    run: Path | str, step: int | None = None
+) -> tuple[Config, jax.sharding.Mesh, int, TrainState]:
+    """(config, mesh, step, state) of a run's newest checkpoint that verifies, or of `step`'s."""
+    run = Path(run)
+    config = recipe_of(run).load()
+    mesh = config.mesh.build()
+    checkpoints = Checkpoints(run / "checkpoints", config.keep)
+    try:
+        steps = checkpoints.steps()
+        if not steps:
+            raise CheckpointError(f"{run} has no checkpoint yet: train it first.")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{run} has no checkpoint of step {step}, only of {steps}.")
+        found = checkpoints.restore(abstract_state(config, mesh), step)
+    finally:
+        checkpoints.close()
+    return config, mesh, *found
 
 
 def new_key(config: Config) -> Array:
