@@ -43,22 +43,20 @@ def config(
     data: str = "tokens:windows/train",
     test: str = "tokens:windows/validation",
     news: str = "",
-    epochs: int = 1,
-    batch_size: int = 64,
+    epochs: float = 2.5,
+    batch_size: int = 32,
     length: int = 128,
     vocabulary_size: int = 8192,
-    width: int = 256,
-    depth: int = 4,
-    learning_rate: float = 1e-3,
+    width: int = 128,
+    depth: int = 3,
+    learning_rate: float = 2e-3,
 ) -> Config:
     words = Vocabulary(vocabulary_size)
     window = Window(length, words)
-    steps = epochs * WINDOWS // batch_size
+    steps = int(epochs * WINDOWS) // batch_size
     warm = steps // 10
     form = Form("pre", 1e-5, init=Normal(0.02))
-    encoder = TextEncoder(
-        words, width, depth, max(1, width // 64), length, offset=1, types=1, form=form
-    )
+    encoder = TextEncoder(words, width, depth, width // 32, length, offset=1, types=1, form=form)
     evals = {"perplexity": Perplexity(Pipeline(test, window), batches=16)}
     if news:
         sets = (
