@@ -317,7 +317,7 @@ def python_documents() -> Iterator[tuple[str, str]]:
 
 
 def documented(tree: ast.Module) -> Iterator[ast.AST]:
-    """What can have a docstring, in the order of the source; expressions, which cannot, are left."""
+    """What can have a docstring, in the order of the source; expressions cannot."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     left = [tree]
     while left:
