@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -332,22 +331,26 @@ def test_what_a_worker_meets_is_raised(corpus, done, tmp_path):
         os.rename(corpus / "gone", corpus / "a.jsonl")
 
 
-def test_the_same_command_twice_at_once_does_each_part_once(corpus, done, tmp_path, monkeypatch):
-    """Threads do for processes: a lock is an open file's."""
-    write_as, written = Job.write_as, []
-
-    def counted(job, new, k, said):
-        written.append(k)
-        write_as(job, new, k, said)
-
-    monkeypatch.setattr(Job, "write_as", counted)
-    options = {"vocabulary_size": 70, "length": L, "workers": 0, "part": 3000}
-    out = tmp_path / "out"
-    with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(lambda _: tokenize(str(corpus), str(out), **options), range(2))
-    assert one == other and bytes_of(out) == bytes_of(done)
-    assert sorted(written) == list(range(len(Job(str(corpus), str(out), L, 3000).parts)))
-    assert not list(out.glob("*.new"))
+def test_the_same_command_twice_at_once_does_each_part_once(done, tmp_path):
+    big, out = tmp_path / "big.jsonl", tmp_path / "out"
+    write_jsonl(big, DOCUMENTS * 60)
+    words = ("tokenize", big, out, "--tokenizer", done, "--length", L, "--workers", 0)
+    code = (
+        "import sys; from sslx.cli import main; from sslx.data import tokenize\n"
+        "tokenize.PART, write = 100_000, tokenize.Job.write_alone\n"
+        "def told(job, k, said): print('part', k); write(job, k, said)\n"
+        "tokenize.Job.write_alone = told; sys.exit(main(sys.argv[1:]))"
+    )
+    both = [start(*words, code=code) for _ in range(2)]
+    try:
+        said = [process.communicate(timeout=60)[0] for process in both]
+    finally:
+        stop(*both)
+    assert [process.returncode for process in both] == [0, 0], said
+    parts = [int(k) for k in re.findall(r"part (\d+)", "".join(said))]
+    assert sorted(parts) == list(range(len(parts))) and len(parts) > 10
+    tokenize(str(big), str(tmp_path / "whole"), tokenizer=done, length=L, part=100_000, workers=0)
+    assert bytes_of(out) == bytes_of(tmp_path / "whole") and not list(out.glob("*.new"))
 
 
 @pytest.mark.parametrize("change, what", [({"length": 32}, "length"), ({"part": 500}, "source")])

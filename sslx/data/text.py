@@ -127,6 +127,7 @@ class Text(Source):
     glob: str
     tokenizer: str | Source
     gives = "tokens"
+    resident = True
 
     @functools.cached_property
     def documents(self) -> list[Record]:
@@ -163,7 +164,7 @@ class Text(Source):
     def path(self) -> str:
         return self.tokenizer if isinstance(self.tokenizer, str) else self.tokenizer.path
 
-    @property
+    @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         return vocabulary(self.path)
 

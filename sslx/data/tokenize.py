@@ -15,9 +15,11 @@ The same files, tokenizer and length give the same bytes, whatever the number of
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
+import logging
 import multiprocessing
 import os
 import threading
@@ -43,6 +45,8 @@ from sslx.data.tokenizers import (
     vocabulary,
 )
 from sslx.vocabulary import Vocabulary
+
+log = logging.getLogger("sslx")
 
 Said = Callable[[int, int], None]  # (bytes done, bytes in all), for a progress bar
 
@@ -196,15 +200,13 @@ class Job:
         """Write part k as a shard, under another name until it is whole. Another process that
         writes the same part is waited for, and its shard taken. What is held in memory does not
         depend on the part but for the index of its windows, some 130 bytes each."""
-        new = self.shard(k).with_suffix(".new")
-        with alone(new, os.O_CREAT | os.O_RDWR):
+        with alone(Path(self.out), 1 + k):
             if self.done(k) is None:
-                self.write_as(new, k, said)
+                self.write_alone(k, said)
             else:
                 said(sum(span.size for span in self.parts[k]))
-            new.unlink(missing_ok=True)
 
-    def write_as(self, new: Path, k: int, said: Callable[[int], None]) -> None:
+    def write_alone(self, k: int, said: Callable[[int], None]) -> None:
         tally, ids = Tally(), tokenizer(self.out)
         special, part = vocabulary(self.out), self.parts[k]
         told, size = 0, sum(span.size for span in part)
@@ -224,7 +226,8 @@ class Job:
                 said(count)
 
         writer = needs("array_record.python.array_record_module", "array_record").ArrayRecordWriter
-        path, file = self.shard(k), None
+        path, new = self.shard(k), self.shard(k).with_suffix(".new")
+        file = None
         for window in packed(encoded(), self.length):
             file = file or writer(str(new), "group_size:1,uncompressed")
             file.write(record(window, special))
@@ -364,7 +367,7 @@ def prepare(
         asked = {"tokenizer": digest(given)}
     ours = job.settings() | asked
     out.mkdir(parents=True, exist_ok=True)
-    with alone(out, os.O_RDONLY):
+    with alone(out, 0):
         claim(out, ours)
         if tokenizer is not None:
             replace_with(home, given)
@@ -373,14 +376,20 @@ def prepare(
 
 
 @contextlib.contextmanager
-def alone(path: Path, flags: int) -> Iterator[None]:
-    """Wait until no other process is here with the same file or folder."""
-    lock = os.open(path, flags)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def alone(out: Path, what: int) -> Iterator[None]:
+    """Wait until no other process, on any host that shares `out`, is here with the same number.
+
+    A file system that knows no locks lets all pass, and says so: then two of the same command at
+    once may fail, as they write the same files.
+    """
+    with (out / ".lock").open("ab") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1, what)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            log.warning("%s cannot be locked: see that no part is written twice at once", out)
         yield
-    finally:
-        os.close(lock)
 
 
 def claim(out: Path, ours: dict[str, Any]) -> None:
@@ -395,7 +404,7 @@ def claim(out: Path, ours: dict[str, Any]) -> None:
                 "another folder"
             )
         return
-    if os.listdir(out):
+    if [name for name in os.listdir(out) if name[0] != "."]:
         raise DataError(f"{out} holds other files: name a new folder")
     write_json(path, ours)
 
