@@ -126,13 +126,19 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(RULES["batch"]))
 
 
+def ways(mesh: jax.sharding.Mesh) -> int:
+    """How many parts of a batch there are."""
+    return mesh.shape["replica"] * mesh.shape["fsdp"]
+
+
 def check_batch(batch_size: int, mesh: jax.sharding.Mesh, accumulate: int = 1) -> None:
     """Raise ValueError when a global batch, or a micro-batch of it, cannot be cut over the mesh."""
-    ways = mesh.shape["replica"] * mesh.shape["fsdp"]
-    unit = ways * accumulate
+    parts = ways(mesh)
+    unit = parts * accumulate
     if batch_size % unit:
-        parts = f" in accumulate={accumulate} micro-batches" if accumulate > 1 else ""
+        micro = f" in accumulate={accumulate} micro-batches" if accumulate > 1 else ""
         raise ValueError(
-            f"batch_size={batch_size} does not divide over replica * fsdp = {ways} devices{parts}: "
-            f"use a multiple of {unit}, such as batch_size={-(-batch_size // unit) * unit}."
+            f"batch_size={batch_size} does not divide over replica * fsdp = {parts} devices"
+            f"{micro}: use a multiple of {unit}, such as "
+            f"batch_size={-(-batch_size // unit) * unit}."
         )

@@ -840,6 +840,10 @@ def test_fill_gives_the_likeliest_words(tmp_path):
         np.testing.assert_allclose([share for _, share in row], odds[best], rtol=1e-4)
     with pytest.raises(ValueError, match=r"There is no \[MASK\]"):
         fill(objective, params, tokenizer, "w1 w2")
+    tokenizer.enable_padding(length=16)  # as a published tokenizer.json may say
+    tokenizer.enable_truncation(3)
+    tokenizer.encode_special_tokens = True  # as `sslx tokenize` reads text
+    assert fill(objective, params, tokenizer, "w1 [MASK] w3 [MASK]", count=3) == found
 
 
 # ---- from text to a checkpoint and back, as a user types it ----

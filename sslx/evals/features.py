@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx.models.heads import Pool, pooled
+from sslx.sharding import ways
 from sslx.types import Array, Tree
 
 View = Callable[[Array, Any], Any]  # (key, batch) -> batch that the encoder reads
@@ -119,7 +120,7 @@ def extract(
                 f"Probes read label [B] but this batch has only {', '.join(batch)}: name a source "
                 f"with labels (class folders, a `label` column) as their train and test."
             )
-        batch = _place(batch, sharding)
+        batch = placed(batch, sharding)
         with jax.transfer_guard("allow"):  # of two scalars
             pending.append(run(variables, batch, np.uint32(seed), np.int32(i)))
         if len(pending) > IN_FLIGHT:
@@ -147,7 +148,16 @@ def _forward(module, view, pool, sharding):
     return jax.jit(forward, out_shardings=sharding and NamedSharding(sharding.mesh, P()))
 
 
-def _place(batch, sharding):
+def dealt(batch_size: int, sharding: NamedSharding | None) -> tuple[int, int, int]:
+    """(examples of a batch, rounded up to what the mesh divides; this process; processes)."""
+    if sharding is None:
+        return batch_size, 0, 1
+    parts = ways(sharding.mesh)
+    return -(-batch_size // parts) * parts, jax.process_index(), jax.process_count()
+
+
+def placed(batch: dict[str, np.ndarray], sharding: NamedSharding | None) -> dict[str, Array]:
+    """A process's share of a batch, on the devices."""
     if sharding is None:
         return jax.device_put(batch)
     place = functools.partial(jax.make_array_from_process_local_data, sharding)

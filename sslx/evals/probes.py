@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import NamedSharding
 
-from sslx.evals.features import Features, Pool, extract
+from sslx.evals.features import Features, Pool, dealt, extract
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
 from sslx.evals.linear import Linear
-from sslx.sharding import check_batch
 from sslx.types import Array, Buffers, Params, Tree
 
 Pairs = Callable[[], tuple[np.ndarray, np.ndarray]]
@@ -71,19 +69,16 @@ class Probes:
         self, module: nn.Module, variables: Tree, views: Any, sharding: NamedSharding | None = None
     ) -> Iterator[tuple[str, float]]:
         """(name, value) for any encoder; `measure(Pixels(), {}, views)` is the raw-pixel floor."""
-        host, hosts = 0, 1
-        if sharding is not None:
-            check_batch(self.batch_size, sharding.mesh)
-            host, hosts = jax.process_index(), jax.process_count()
+        batch_size, host, hosts = dealt(self.batch_size, sharding)
 
         def features(data, view, batches=None, seed=0):
-            with contextlib.closing(data.epoch(self.batch_size, host, hosts)) as epoch:
+            with contextlib.closing(data.epoch(batch_size, host, hosts)) as epoch:
                 some = islice(epoch, batches)
                 return extract(module, variables, view, some, self.pool, sharding, seed)
 
         @functools.cache
         def pairs():  # only if a probe asks
-            batches = -(-self.pairs // self.batch_size)
+            batches = -(-self.pairs // batch_size)
             sides = ((Rendering(views.train, 0), 0), (Rendering(views.train, -1), 1))
             return tuple(features(self.test, view, batches, seed).x for view, seed in sides)
 

@@ -14,9 +14,9 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sslx.evals.features import dealt, placed
 from sslx.evals.probes import Labelled
 from sslx.objectives.mlm import MLM
-from sslx.sharding import check_batch
 from sslx.types import Array, Buffers, Params
 
 
@@ -39,18 +39,13 @@ class Perplexity:
     def __call__(
         self, objective: MLM, params: Params, buffers: Buffers, views: Any, sharding=None
     ) -> Iterator[tuple[str, float]]:
-        host, hosts = 0, 1
-        if sharding is not None:
-            check_batch(self.batch_size, sharding.mesh)
-            host, hosts = jax.process_index(), jax.process_count()
+        batch_size, host, hosts = dealt(self.batch_size, sharding)
         run, sums = _sums(objective, views.eval, sharding), []
         counts = None  # of targets by id [V], all batches together
-        with contextlib.closing(self.data.epoch(self.batch_size, host, hosts)) as epoch:
+        with contextlib.closing(self.data.epoch(batch_size, host, hosts)) as epoch:
             for i, batch in enumerate(islice(epoch, self.batches)):
                 batch = {name: x for name, x in batch.items() if name != "label"}
-                if sharding is not None:
-                    place = functools.partial(jax.make_array_from_process_local_data, sharding)
-                    batch = jax.tree.map(place, batch)
+                batch = placed(batch, sharding)
                 with jax.transfer_guard("allow"):  # of a scalar
                     loss, right, more = run(params, batch, np.int32(i))
                 sums.append((loss, right))
@@ -98,6 +93,10 @@ def fill(
     token, or is longer than the encoder's windows.
     """
     words = objective.net.encoder.vocabulary
+    tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # a copy; its settings are ours
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = False
     ids = [i for i in tokenizer.encode(text).ids if i not in (words.start, words.end)]
     tokens = np.array([[words.start, *ids, words.end]], np.int32)
     places = np.flatnonzero(tokens[0] == words.mask)[None]

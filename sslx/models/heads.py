@@ -76,8 +76,8 @@ def byol(hidden: int = 4096, out: int = 256, **fields) -> Head:
 class Siamese(nn.Module):
     """Image [B, H, W, C] -> (prediction [B, P], embedding [B, P], features [B, D]).
 
-    Without a predictor the prediction is the embedding. The encoder gives tokens [B, N, D]; what is
-    pooled of them is what the probes pool.
+    Without a predictor the prediction is the embedding. The encoder gives tokens [B, N, D]; `pool`
+    says what of them is embedded, and that of Probes, apart, what is probed.
     """
 
     encoder: nn.Module

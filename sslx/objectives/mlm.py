@@ -108,7 +108,8 @@ class MLM(Objective):
     buffers  none
 
     Without the prediction of next sentences, as RoBERTa. The loss is the mean over what was hidden
-    in the whole batch, so windows do not count alike; `epsilon` stands beside its number.
+    in the whole batch (under `accumulate`, in each micro-batch), so windows do not count alike;
+    `epsilon` stands beside its number.
     """
 
     net: MaskedLM
