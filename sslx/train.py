@@ -1,6 +1,7 @@
 """The state, the step, and the only loop. It does not know what it is training."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import queue
@@ -22,7 +23,7 @@ from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.config import Config, recipe_of
 from sslx.log import Clock, Log, write_whole
 from sslx.ops.trees import norm
-from sslx.sharding import batch_sharding, check_batch, shardings
+from sslx.sharding import Mesh, batch_sharding, check_batch, shardings
 from sslx.signals import Interrupted, Signals
 from sslx.types import Array, Batch, Buffers, Metrics, Params, Tree
 
@@ -166,10 +167,17 @@ def fresh_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
 def restored(
     run: Path | str, step: int | None = None
 ) -> tuple[Config, jax.sharding.Mesh, int, TrainState]:
-    """(config, mesh, step, state) of a run's newest checkpoint that verifies, or of `step`'s."""
+    """(config, mesh, step, state) of a run's newest checkpoint that verifies, or of `step`'s.
+
+    A mesh that these devices do not make up is replaced by one over all of them.
+    """
     run = Path(run)
     config = recipe_of(run).load()
-    mesh = config.mesh.build()
+    try:
+        mesh = config.mesh.build()
+    except ValueError:
+        config = dataclasses.replace(config, mesh=Mesh())
+        mesh = config.mesh.build()
     checkpoints = Checkpoints(run / "checkpoints", config.keep)
     try:
         steps = checkpoints.steps()

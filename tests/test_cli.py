@@ -216,7 +216,10 @@ def test_export_for_timm(probed, tmp_path):
     assert sslx("export", probed, tmp_path / "vit.safetensors", "--format", "timm") == 0
     arrays = load_file(tmp_path / "vit.safetensors")
     assert arrays["pos_embed"].shape == (1, 17, 16) and "blocks.0.attn.qkv.weight" in arrays
-    assert sslx("export", probed, tmp_path / "out", "--format", "timm") == 0
+    run = shutil.copytree(probed, tmp_path / "run")
+    of_three_devices = ["probes=True", "steps=20", "mesh.tensor=3"]
+    (run / "overrides.json").write_text(json.dumps(of_three_devices))
+    assert sslx("export", run, tmp_path / "out", "--format", "timm") == 0
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
