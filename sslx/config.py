@@ -59,6 +59,12 @@ class Alarm:
     patience: int = 100
     then: Literal["warn", "stop"] = "warn"
 
+    def __post_init__(self):
+        if self.patience < 1:
+            raise ConfigError(
+                f"patience={self.patience}: it counts steps from 1; below=0 never raises the alarm."
+            )
+
 
 @dataclass(frozen=True)
 class Config:

@@ -79,6 +79,7 @@ OVERRIDES = {
     "steps=1e999": "steps=1e999: expected int",
     "steps=0": "steps=0: it counts from 1",
     "save_every=0": "save_every=0: it counts from 1",
+    "collapse.patience=0": "patience=0: it counts steps from 1; below=0 never raises the alarm.",
     "nonfinite=skp": "nonfinite has no 'skp': did you mean 'skip'?",
     "accumulate=3": "batch_size=16 does not divide into accumulate=3 micro-batches.",
     "data=parquet:/nowhere/*.parquet": "/nowhere/*.parquet",
