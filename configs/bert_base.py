@@ -7,7 +7,11 @@ N is the number of windows that `sslx tokenize` says; the default and 40 epochs 
 million steps of 256. Google trains nine tenths of them at length 128 and the rest at 512: for that,
 `sslx export` and `sslx import` between the two, or length=512 from the start. Other variants
 (arXiv:1908.08962): tiny, mini, small, medium, large. With a vocabulary that sslx trained:
-vocabulary_size=8192. Masks are drawn anew at every step, where Google repeats ten.
+vocabulary_size=8192.
+
+Departures: masks are drawn anew at every step, where Google repeats ten; an unknown word is never
+chosen; the rate falls from where the warm-up ends, Google's from the start (.99e-4 after it); no
+short windows, of which Google has a tenth.
 
 Published after the next-sentence task too: base, GLUE 79.6. Ours: no run yet.
 """

@@ -11,7 +11,8 @@ half=True. The probes read the labels of both splits; pretraining reads none.
 
 lightly halves and averages the loss, a quarter of the paper's, which is ours: so its learning rate
 is divided by 4 here and its decay multiplied, which with SGD gives the same steps. Its target, and
-solo-learn's, starts as a copy; ours, as DeepMind's, from a key of its own.
+solo-learn's, starts as a copy; ours, as DeepMind's, from a key of its own. The heads' maps start as
+Haiku's, where theirs are torch's, two thirds as large.
 
 Ours: no run yet.
 """
@@ -30,6 +31,7 @@ from sslx.evals.knn import KNN
 from sslx.evals.linear import Linear
 from sslx.evals.probes import Probes
 from sslx.models.heads import Head, Siamese, byol
+from sslx.models.layers import Init, he, torch_uniform
 from sslx.models.resnet import CIFAR_STEM, Stem, resnet
 from sslx.objectives.byol import BYOL
 from sslx.ops.image import triangle
@@ -48,6 +50,7 @@ class Published:
     epochs: int
     batch_size: int
     stem: Stem
+    kernel_init: Init
     head: Head
     decay: Callable[[int], Schedule]  # of the number of steps
     views: Views
@@ -70,6 +73,7 @@ PUBLISHED = {
         200,
         128,
         CIFAR_STEM,
+        torch_uniform,
         Head((1024, 256), bias="all"),
         lambda steps: Constant(0.99),
         cifar_asymmetric(statistics=IMAGENET, kernel=triangle),
@@ -79,6 +83,7 @@ PUBLISHED = {
         1000,
         256,
         Stem(3, 1, 2, pool=False),
+        he,
         byol(bias="all"),
         lambda steps: Cosine(0.99, 1.0, steps),
         cifar_asymmetric(),
@@ -102,7 +107,7 @@ def config(
     per_epoch = TRAIN // batch_size
     steps, warm = epochs * per_epoch, min(10, epochs // 4) * per_epoch
     head = p.head.clone(dtype=dtype)  # the projector's form and the predictor's
-    encoder = resnet(depth, stem=p.stem, last_gamma=1.0, dtype=dtype)
+    encoder = resnet(depth, stem=p.stem, last_gamma=1.0, kernel_init=p.kernel_init, dtype=dtype)
     pipeline, held_out = Pipeline(data, Image(32)), Pipeline(test, Image(32))
     return Config(
         objective=BYOL(Siamese(encoder, head, head.clone()), p.decay(steps)),

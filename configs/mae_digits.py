@@ -25,9 +25,7 @@ from sslx.models.vit import ViT
 from sslx.objectives.mae import MAE, Decoder
 from sslx.optim import AdamW
 from sslx.schedules import Cosine, Warmup
-from sslx.views import mae
-
-GRAY = ((0.3,), (0.37,))  # mean and std of the training images
+from sslx.views import GRAY, mae
 
 
 def config(epochs: int = 100, batch_size: int = 128, learning_rate: float = 2e-3) -> Config:

@@ -43,7 +43,7 @@ def config(
     data: str = "tokens:windows/train",
     test: str = "tokens:windows/validation",
     news: str = "",
-    epochs: float = 2.5,
+    epochs: float = 1.75,
     batch_size: int = 32,
     length: int = 128,
     vocabulary_size: int = 8192,
@@ -53,10 +53,12 @@ def config(
 ) -> Config:
     words = Vocabulary(vocabulary_size)
     window = Window(length, words)
-    steps = int(epochs * WINDOWS) // batch_size
+    steps = int(epochs * WINDOWS * 128 / length) // batch_size
     warm = steps // 10
-    form = Form("pre", 1e-5, init=Normal(0.02))
-    encoder = TextEncoder(words, width, depth, width // 32, length, offset=1, types=1, form=form)
+    form = Form("pre", 1e-5, init=Normal(0.05))
+    encoder = TextEncoder(
+        words, width, depth, max(1, width // 32), length, offset=1, types=1, form=form
+    )
     evals = {"perplexity": Perplexity(Pipeline(test, window), batches=16)}
     if news:
         sets = (
@@ -65,7 +67,7 @@ def config(
         )
         evals["news"] = Probes(*sets, on=(KNN(), Linear()))
     return Config(
-        objective=MLM(MaskedLM(encoder), Masking(most=-(-length * 15 // 100))),
+        objective=MLM(MaskedLM(encoder), Masking(0.3, most=-(-length * 3 // 10))),
         data=Pipeline(data, window),
         views=Views(Chain(()), Chain(())),
         optimizer=AdamW(
