@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import REPO
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
@@ -862,7 +863,7 @@ def run(tmp_path_factory):
     asked = ("--vocab", "64", "--length", "32", "--workers", "0")
     assert main(["tokenize", str(folder / "corpus.txt"), str(windows), *asked]) == 0
     size = json.loads((windows / "manifest.json").read_text())["vocabulary"]["size"]
-    recipe = Path(__file__).parents[1] / "configs" / "bert_base.py"
+    recipe = REPO / "configs" / "bert_base.py"
     dials = [f"data=tokens:{windows}", f"test=tokens:{windows}", f"vocabulary_size={size}"]
     dials += ["variant=mu", "length=32", "batch_size=16", "windows=64", "epochs=2"]
     dials += ["evals.perplexity.batch_size=16"]
@@ -894,6 +895,18 @@ def test_a_run_is_evaluated_exported_and_imported(run, transformers, capsys):
         main(["export", str(folder / "run"), str(folder / "x"), "--format", "torch"])
     assert main(["export", str(folder / "run"), str(folder / "x"), "--format", "timm"]) == 1
     assert "timm has no encoders of text" in capsys.readouterr().err
+
+
+def test_the_notebook_runs(run, tmp_path, monkeypatch, capsys):
+    """On this run in place of its own."""
+    monkeypatch.chdir(tmp_path)
+    book = json.loads((REPO / "notebooks" / "fill.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
+    code = "\n".join(cells)
+    assert code.count('"runs/novels"') == 1
+    exec(code.replace("runs/novels", str(run[0] / "run")), {})
+    said = capsys.readouterr().out
+    assert said.startswith("step 8, ") and said.count("%") == 5 * said.count("[MASK]")
 
 
 def test_resume_of_text_is_bitwise(run):
