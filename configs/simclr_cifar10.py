@@ -13,7 +13,14 @@ lightly's projector is that of its older versions, without BatchNorm; which one 
 said. Both libraries pass the two views apart, here BatchNorm sees them together, as in the paper;
 and the projector's maps start as Haiku's, where theirs are torch's, two thirds as large.
 
-Ours: no run yet.
+Ours: the recipe has not run on an accelerator yet. A short run of a small net on two cores of an
+AMD EPYC, shared with another job, 2026-11-20, jax 0.10.2, 9 min 30 s with both evaluations:
+`batch_size=256 epochs=2 objective.net.encoder.channels=32 objective.net.encoder.blocks='(1,1,1)'
+objective.net.encoder.stem.kernel=4 objective.net.encoder.stem.stride=2`, some 220 images a second.
+
+                k-NN    linear    RankMe
+    2 epochs    .450    .491      46
+    random init .314    .385      23
 """
 
 from collections.abc import Callable
