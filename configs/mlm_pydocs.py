@@ -24,8 +24,8 @@ WINDOWS = 3840
 
 
 def config(
-    epochs: float = 20,
-    batch_size: int = 64,
+    epochs: float = 10,
+    batch_size: int = 32,
     vocabulary_size: int = 8192,
     length: int = 128,
     width: int = 128,
