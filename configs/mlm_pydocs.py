@@ -5,7 +5,13 @@
 The help topics and the standard library's docstrings, tokenized on first use. No paper publishes a
 number for it. WINDOWS is near enough for every version of Python.
 
-Ours: no run yet.
+Measured 2026-11-20, two cores of an AMD EPYC beside a test suite, jax 0.10.2, Python 3.11: 10 min
+44 s, tokenizing and three evaluations included. 30 % of each window is hidden.
+
+                  masked accuracy   perplexity
+    trained            .193             163
+    random init        .000           9,221
+    unigrams           .060             316
 """
 
 from sslx.config import Config
