@@ -18,6 +18,8 @@ evaluations and compiling included. 30 % of each window is hidden, in the evalua
     random init        .000           9,242          .524       .617
     unigrams           .061             487
 
+Of 1,600 news; a standard error is .012, so the linear probe's lead is small and k-NN's is none.
+
 For 2,000 steps it knew little more than how often words occur (loss 5.8), then it began to read:
 5.2 at step 2,450, 4.2 at 3,850. With BERT's kernels of .02 and 15 % hidden another run was still at
 5.8 after 3,400 steps, and news were told apart no better than at random (k-NN .516, linear .629
