@@ -26,7 +26,7 @@ from sslx.config import ConfigError, lines
 from sslx.ops.trees import path_of
 
 every_row = pytest.mark.parametrize("name", ROWS)
-SPLITS = [(8, 1, 1), (1, 8, 1), (1, 2, 4)]  # test_resume.py mixes them
+SPLITS = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 
 
 def abstract(row: Row):

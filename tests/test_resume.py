@@ -87,7 +87,7 @@ def test_killed_and_resumed_is_bitwise_the_run_in_one_go(whole, killed, tmp_path
     assert losses(path) == losses(whole)
 
 
-@pytest.mark.parametrize("mesh", ["tensor=2", "replica=4"])
+@pytest.mark.parametrize("mesh", ["fsdp=8", "tensor=2", "replica=4"])
 def test_resumed_on_another_mesh(whole, killed, tmp_path, mesh):
     path = shutil.copytree(killed, tmp_path / "run")
     assert main(["train", str(path), f"mesh.{mesh}"]) == 0
@@ -114,12 +114,13 @@ def test_no_worker_outlives_a_kill(tmp_path):
 # ---- signals ----
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_group_saves_and_ends(whole, tmp_path, signum):
+def test_a_signal_to_the_group_saves_and_ends(whole, tmp_path, signum, workers):
     path, hold = tmp_path / "run", tmp_path / "hold"
     hold.touch()
-    args = ("train", TINY, "data.workers=2", "--workdir", path)
-    process = start(*args, HELD_AFTER=HELD_AFTER // 2, HELD=hold)
+    args = ("train", TINY, f"data.workers={workers}", "--workdir", path)
+    process = start(*args, HELD_AFTER=HELD_AFTER // (workers or 1), HELD=hold)
     try:
         held(process, path)
         os.killpg(process.pid, signum)

@@ -53,9 +53,7 @@ class Normal:
 
 
 he = Scaling(2.0, "fan_out", "normal")  # arXiv:1502.01852; torchvision's and transformers' ResNet
-torch_uniform = Scaling(
-    1 / 3, "fan_in", "uniform"
-)  # what torch gives a layer if nobody asks otherwise
+torch_uniform = Scaling(1 / 3, "fan_in", "uniform")  # what torch's layers start with
 lecun = Scaling(1.0, "fan_in", "truncated_normal")  # Keras's default, so SimCLR's ResNet
 
 # Attention scores that a CPU has in its cache at a time: 2 MB of float32.
