@@ -223,7 +223,7 @@ SMALL = ViT(32, 1, 4, patch=4, remat="none")  # compiles in half the time
 PROJECTOR, PREDICTOR = heads.byol(64, 32), heads.byol(64, 32)
 DECAY = Cosine(0.9, 1.0, 10)
 
-BERT = TextEncoder(WORDS, 32, 2, 4, length=WINDOW, remat="none")
+BERT = TextEncoder(WORDS, 32, 2, 4, length=WINDOW)
 LANGUAGE = MLM(MaskedLM(BERT), Masking(most=4))
 STILL = dataclasses.replace(BERT_FORM, dropout=0.0, attention_dropout=0.0)
 SAME = OneMaskOfText(MaskedLM(BERT.clone(form=STILL)), LANGUAGE.masking)
