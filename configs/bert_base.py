@@ -22,13 +22,12 @@ import jax.numpy as jnp
 
 from sslx.config import Config
 from sslx.data.pipeline import Pipeline
-from sslx.data.tokenize import Window
+from sslx.data.text.windows import Window
 from sslx.evals.text import Perplexity
 from sslx.models.text import MaskedLM, bert
 from sslx.objectives.mlm import MLM, Masking
 from sslx.optim import BERTAdam
 from sslx.schedules import Linear, Warmup
-from sslx.views import Chain, Views
 from sslx.vocabulary import BERT, Vocabulary
 
 
@@ -52,7 +51,6 @@ def config(
     return Config(
         objective=MLM(MaskedLM(encoder), Masking(most=math.ceil(0.15 * length))),
         data=Pipeline(data, window),
-        views=Views(Chain(()), Chain(())),
         optimizer=BERTAdam(Warmup(warm, Linear(learning_rate, 0.0, steps - warm))),
         steps=steps,
         batch_size=batch_size,

@@ -28,7 +28,7 @@ from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
-from sslx.evals.linear import Linear
+from sslx.evals.linear import LinearProbe
 from sslx.evals.probes import Probes
 from sslx.models.heads import Head, Siamese, byol
 from sslx.models.layers import Init, he, torch_uniform
@@ -70,24 +70,24 @@ def lars(batch_size: int, steps: int, warm: int) -> Optimizer:
 
 PUBLISHED = {
     "lightly": Published(
-        200,
-        128,
-        CIFAR_STEM,
-        torch_uniform,
-        Head((1024, 256), bias="all"),
-        lambda steps: Constant(0.99),
-        cifar_asymmetric(statistics=IMAGENET, kernel=triangle),
-        sgd,
+        epochs=200,
+        batch_size=128,
+        stem=CIFAR_STEM,
+        kernel_init=torch_uniform,
+        head=Head((1024, 256), bias="all"),
+        decay=lambda steps: Constant(0.99),
+        views=cifar_asymmetric(statistics=IMAGENET, kernel=triangle),
+        optimizer=sgd,
     ),
     "solo-learn": Published(
-        1000,
-        256,
-        Stem(3, 1, 2, pool=False),
-        he,
-        byol(bias="all"),
-        lambda steps: Cosine(0.99, 1.0, steps),
-        cifar_asymmetric(),
-        lars,
+        epochs=1000,
+        batch_size=256,
+        stem=Stem(kernel=3, stride=1, padding=2, pool=False),
+        kernel_init=he,
+        head=byol(bias="all"),
+        decay=lambda steps: Cosine(0.99, 1.0, steps),
+        views=cifar_asymmetric(),
+        optimizer=lars,
     ),
 }
 
@@ -116,7 +116,7 @@ def config(
         optimizer=p.optimizer(batch_size, steps, warm),
         steps=steps,
         batch_size=batch_size,
-        evals={"probes": Probes(pipeline, held_out, (KNN(200, 0.1), Linear(), Health()))},
+        evals={"probes": Probes(pipeline, held_out, (KNN(200, 0.1), LinearProbe(), Health()))},
         log_every=50,
         save_every=10 * per_epoch,
         eval_every=max(1, epochs // 4) * per_epoch,

@@ -28,10 +28,10 @@ after 1,798).
 
 from sslx.config import Config
 from sslx.data.pipeline import Pipeline
-from sslx.data.text import Text
-from sslx.data.tokenize import Window
+from sslx.data.text.documents import Text
+from sslx.data.text.windows import Window
 from sslx.evals.knn import KNN
-from sslx.evals.linear import Linear
+from sslx.evals.linear import LinearProbe
 from sslx.evals.probes import Probes
 from sslx.evals.text import Perplexity
 from sslx.models.layers import Normal
@@ -40,7 +40,6 @@ from sslx.models.transformer import Form
 from sslx.objectives.mlm import MLM, Masking
 from sslx.optim import AdamW
 from sslx.schedules import Cosine, Warmup
-from sslx.views import Chain, Views
 from sslx.vocabulary import Vocabulary
 
 WINDOWS = 92_108  # of 128 tokens in the novels, 11.6 million in all
@@ -62,9 +61,16 @@ def config(
     window = Window(length, words)
     steps = int(epochs * WINDOWS * 128 / length) // batch_size
     warm = steps // 10
-    form = Form("pre", 1e-5, init=Normal(0.05))
+    form = Form(norm="pre", epsilon=1e-5, init=Normal(0.05))
     encoder = TextEncoder(
-        words, width, depth, max(1, width // 32), length, offset=1, types=1, form=form
+        vocabulary=words,
+        width=width,
+        depth=depth,
+        heads=max(1, width // 32),
+        length=length,
+        offset=1,
+        types=1,
+        form=form,
     )
     evals = {"perplexity": Perplexity(Pipeline(test, window), batches=16)}
     if news:
@@ -72,11 +78,10 @@ def config(
             Pipeline(Text(f"{news}/{split}.parquet", data.removeprefix("tokens:")), window)
             for split in ("train", "test")
         )
-        evals["news"] = Probes(*sets, on=(KNN(), Linear()))
+        evals["news"] = Probes(*sets, on=(KNN(), LinearProbe()))
     return Config(
         objective=MLM(MaskedLM(encoder), Masking(0.3, most=-(-length * 3 // 10))),
         data=Pipeline(data, window),
-        views=Views(Chain(()), Chain(())),
         optimizer=AdamW(
             Warmup(warm, Cosine(learning_rate, 0.0, steps - warm)),
             b2=0.98,

@@ -16,7 +16,7 @@ Measured 2026-11-20, two cores of an AMD EPYC beside a test suite, jax 0.10.2, P
 
 from sslx.config import Config
 from sslx.data.pipeline import Pipeline
-from sslx.data.text import pydocs
+from sslx.data.uri import pydocs
 from sslx.evals.text import Perplexity
 from sslx.models.layers import Normal
 from sslx.models.text import MaskedLM, TextEncoder
@@ -24,7 +24,6 @@ from sslx.models.transformer import Form
 from sslx.objectives.mlm import MLM, Masking
 from sslx.optim import AdamW
 from sslx.schedules import Cosine, Warmup
-from sslx.views import Chain, Views
 
 WINDOWS = 3840
 
@@ -43,13 +42,13 @@ def config(
     warm = steps // 10
     # What a short run needs: pre-norm, nothing dropped, more to predict than 15 %, and kernels
     # whose outputs are as large as those of BERT's .02 at a width of 768.
-    form = Form("pre", 1e-5, init=Normal(0.05))
+    form = Form(norm="pre", epsilon=1e-5, init=Normal(0.05))
     encoder = TextEncoder(
-        train.window.vocabulary,
-        width,
-        depth,
-        max(1, width // 32),
-        length,
+        vocabulary=train.window.vocabulary,
+        width=width,
+        depth=depth,
+        heads=max(1, width // 32),
+        length=length,
         offset=1,
         types=1,
         form=form,
@@ -57,7 +56,6 @@ def config(
     return Config(
         objective=MLM(MaskedLM(encoder), Masking(0.3, most=-(-length * 3 // 10))),
         data=Pipeline(train, train.window),
-        views=Views(Chain(()), Chain(())),
         optimizer=AdamW(
             Warmup(warm, Cosine(learning_rate, 0.0, steps - warm)),
             b2=0.98,

@@ -19,13 +19,12 @@ import jax.numpy as jnp
 
 from sslx.config import Config
 from sslx.data.pipeline import Pipeline
-from sslx.data.tokenize import Window
+from sslx.data.text.windows import Window
 from sslx.evals.text import Perplexity
 from sslx.models.text import MaskedLM, roberta
 from sslx.objectives.mlm import MLM, Masking
 from sslx.optim import AdamW
 from sslx.schedules import Polynomial, Warmup
-from sslx.views import Chain, Views
 from sslx.vocabulary import ROBERTA, Vocabulary
 
 
@@ -50,7 +49,6 @@ def config(
     return Config(
         objective=MLM(MaskedLM(encoder), masking, epsilon=0.0),
         data=Pipeline(data, window),
-        views=Views(Chain(()), Chain(())),
         optimizer=AdamW(
             Warmup(warm, Polynomial(learning_rate, 0.0, steps - warm)),
             b2=0.98,

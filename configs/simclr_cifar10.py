@@ -34,7 +34,7 @@ from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
-from sslx.evals.linear import Linear
+from sslx.evals.linear import LinearProbe
 from sslx.evals.probes import Probes
 from sslx.models.heads import Head, Siamese
 from sslx.models.layers import Init, he, torch_uniform
@@ -75,24 +75,24 @@ def lars(batch_size: int, steps: int, warm: int) -> Optimizer:
 
 PUBLISHED = {
     "lightly": Published(
-        200,
-        128,
-        CIFAR_STEM,
-        torch_uniform,
-        Head((512, 128), norm="none", bias="all"),
-        0.5,
-        cifar(0.5, statistics=IMAGENET, kernel=triangle),
-        sgd,
+        epochs=200,
+        batch_size=128,
+        stem=CIFAR_STEM,
+        kernel_init=torch_uniform,
+        head=Head((512, 128), norm="none", bias="all"),
+        temperature=0.5,
+        views=cifar(0.5, statistics=IMAGENET, kernel=triangle),
+        optimizer=sgd,
     ),
     "solo-learn": Published(
-        1000,
-        256,
-        Stem(3, 1, 2, pool=False),
-        he,
-        Head((2048, 256), norm="none", bias="all"),
-        0.2,
-        cifar(),
-        lars,
+        epochs=1000,
+        batch_size=256,
+        stem=Stem(kernel=3, stride=1, padding=2, pool=False),
+        kernel_init=he,
+        head=Head((2048, 256), norm="none", bias="all"),
+        temperature=0.2,
+        views=cifar(),
+        optimizer=lars,
     ),
 }
 
@@ -120,7 +120,7 @@ def config(
         optimizer=p.optimizer(batch_size, steps, warm),
         steps=steps,
         batch_size=batch_size,
-        evals={"probes": Probes(pipeline, held_out, (KNN(200, 0.1), Linear(), Health()))},
+        evals={"probes": Probes(pipeline, held_out, (KNN(200, 0.1), LinearProbe(), Health()))},
         log_every=50,
         save_every=10 * per_epoch,
         eval_every=max(1, epochs // 4) * per_epoch,

@@ -8,14 +8,18 @@ import importlib
 _HOMES = {
     # a run
     "Config": "sslx.config",
-    "load": "sslx.config",
-    "TrainState": "sslx.train",
-    "train_step": "sslx.train",
-    "restored": "sslx.train",
+    "load": "sslx.recipes",
+    "fit": "sslx.run",
+    "Run": "sslx.run",
+    "Start": "sslx.start",
+    "train": "sslx.engine",
+    "train_step": "sslx.engine",
+    "TrainState": "sslx.state",
     # data and views
     "Pipeline": "sslx.data.pipeline",
+    "arrays": "sslx.data.formats.arrays",
     "Image": "sslx.data.image",
-    "Window": "sslx.data.tokenize",
+    "Window": "sslx.data.text.windows",
     "Vocabulary": "sslx.vocabulary",
     "Views": "sslx.views",
     # methods and models
@@ -26,6 +30,8 @@ _HOMES = {
     "BYOL": "sslx.objectives.byol",
     "MLM": "sslx.objectives.mlm",
     "Masking": "sslx.objectives.mlm",
+    "Encoder": "sslx.models.encoder",
+    "Signature": "sslx.models.encoder",
     "ViT": "sslx.models.vit",
     "vit": "sslx.models.vit",
     "ResNet": "sslx.models.resnet",
@@ -40,6 +46,8 @@ _HOMES = {
     "SGD": "sslx.optim",
     "LARS": "sslx.optim",
     "LAMB": "sslx.optim",
+    "Grouped": "sslx.groups",
+    "Group": "sslx.groups",
     "Constant": "sslx.schedules",
     "Linear": "sslx.schedules",
     "Cosine": "sslx.schedules",
@@ -47,6 +55,9 @@ _HOMES = {
     "Mesh": "sslx.sharding",
     # results
     "Probes": "sslx.evals.probes",
+    "KNN": "sslx.evals.knn",
+    "LinearProbe": "sslx.evals.linear",
+    "Health": "sslx.evals.health",
     "Checkpoints": "sslx.checkpoint",
     "Retention": "sslx.checkpoint",
 }

@@ -8,7 +8,6 @@ tried), so what is restored is digested again: the newest checkpoint that verifi
 
 import json
 import logging
-import sys
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,30 +26,15 @@ from sslx.types import Array, Tree
 Leaf = Array | np.ndarray | jax.ShapeDtypeStruct  # of a state, on the host, or to be restored
 
 log = logging.getLogger("sslx")
-# What orbax has to say that matters reaches us as an exception and is told in our words.
-logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
-# After the first failed read or write it abandons the others; they complain of that to asyncio
-# and, their loop being closed, to the interpreter.
-logging.getLogger("asyncio").addFilter(lambda record: "tensorstore" not in record.getMessage())
-
-
-def _unraisable(what, others=sys.unraisablehook) -> None:
-    code = getattr(what.object, "cr_code", None)
-    late = what.object is None and str(what.exc_value) == "Event loop is closed"
-    if not late and not (code and "/orbax/" in code.co_filename):
-        others(what)
-
-
-sys.unraisablehook = _unraisable
 
 
 class CheckpointError(RuntimeError):
-    """There is no checkpoint to go on from, or it belongs to another state."""
+    """No checkpoint can be restored: none exists, none verifies, or it is of another state."""
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `last`, and every `every`-th step for ever."""
+    """Which checkpoints are kept: the newest `last`, and every step that `every` divides."""
 
     last: int = 3
     every: int | None = None
@@ -60,7 +44,7 @@ class Retention:
             raise ValueError(f"{self} keeps no checkpoint: last and every count from 1")
 
     def stale(self, steps: list[int]) -> list[int]:
-        """The ones to delete, of those there are, oldest first."""
+        """The steps to delete among `steps`, oldest first."""
         return [s for s in steps[: -self.last] if not self.every or s % self.every]
 
 
@@ -68,7 +52,7 @@ class Retention:
 
 
 def digest(state: Tree) -> dict[str, int]:
-    """64 bits for each array, the same however it is sharded and wherever it is computed.
+    """A 64-bit digest of each array, by its path; sharding and device do not change it.
 
     Two sums over all elements, mod 2**32, of functions of (bits, position), each one-to-one in
     the bits. So a change within one 32-bit word shows for certain, in both; of other changes one
@@ -82,7 +66,7 @@ def digest(state: Tree) -> dict[str, int]:
 
 
 def _words(x: Leaf) -> Array:
-    """On the device, as plain numbers; NumPy's 64 bits as two words, which jax would cut off."""
+    """The array on the device as plain numbers; 64-bit NumPy ones as two words, as jax has 32."""
     if isinstance(x, jax.Array):
         return _data(x)
     x = np.asarray(x)
@@ -92,7 +76,7 @@ def _words(x: Leaf) -> Array:
 
 @jax.jit
 def _lanes(x: Array) -> tuple[Array, Array]:
-    """Scalars, so replicated on any mesh; one reduction of both, so nothing is materialized.
+    """The two sums of a digest: scalars, replicated on any mesh, from one reduction.
 
     (On the CPU two sums would store both terms: 400 MB in 7.7 s with 800 MB on top, not 0.16 s.)
     """
@@ -120,7 +104,7 @@ def _mix(x: Array) -> Array:
 
 
 def _named(tree: Tree) -> dict[str, Leaf]:
-    """path -> leaf; a container without arrays leaves no trace."""
+    """{path: leaf} of a pytree; empty containers are left out."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in pairs}
     if len(named) < len(pairs):
@@ -137,19 +121,19 @@ def _data(x: Leaf) -> Leaf:
 
 
 def _kind(x: Leaf) -> str:
-    """`float32[3,4]`, `key<fry>[]`: what must agree before anything is read."""
+    """The dtype and shape of a leaf as text, such as `float32[3,4]` or `key<fry>[]`."""
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
 def _like(abstract: Leaf, x: Array) -> Array:
-    """The data of a typed key become one again."""
+    """A restored array as a typed key again, where the abstract leaf is one."""
     if not _is_key(abstract):
         return x
     return jax.random.wrap_key_data(x, impl=jax.random.key_impl(jnp.empty((), abstract.dtype)))
 
 
 def _target(x: Leaf) -> ocp.RestoreArgs:
-    """Where an array goes: as its sharding says, else to the first device here."""
+    """How orbax restores a leaf: with its sharding, else on the first local device."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shape = jax.eval_shape(_data, x).shape
     return ocp.ArrayRestoreArgs(sharding=getattr(x, "sharding", None) or first, global_shape=shape)
@@ -173,12 +157,12 @@ def _difference(disk: dict[str, str], here: dict[str, str]) -> list[str]:
 
 
 def _seal(arrays: dict[str, list]) -> dict:
-    """The record, with its own checksum: damage to it must not look like another state."""
+    """The record of the arrays with a checksum, so that its damage is told from another state."""
     return {"arrays": arrays, "crc32": zlib.crc32(json.dumps(arrays, sort_keys=True).encode())}
 
 
 def _record(path: epath.Path) -> dict[str, list]:
-    """path -> [kind, digest], as saved; raises if it is missing or damaged."""
+    """{path: [kind, digest]} as saved; raises if the record is missing or damaged."""
     record = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     if record != _seal(record["arrays"]):
         raise ValueError("the record of the arrays is damaged")
@@ -186,7 +170,7 @@ def _record(path: epath.Path) -> dict[str, list]:
 
 
 def _finished(path: epath.Path) -> bool:
-    """Committed once, be it damaged since; of the two signs one may be lost."""
+    """Whether it was committed, even if it was damaged later: either of two markers is enough."""
     if not path.name.isdecimal() or (path / "commit_success.txt").exists():
         return path.name.isdecimal()
     try:
@@ -196,7 +180,7 @@ def _finished(path: epath.Path) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """In one line: the first cause, without the pages that tensorstore adds."""
+    """The first cause of an error in one line, without tensorstore's details."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).partition("[tensorstore_spec=")[0].partition("\n")[0]
@@ -205,7 +189,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _all(ok: bool, together: bool) -> bool:
-    """Whether every process says so: one that goes on alone would wait for the rest for ever."""
+    """Whether `ok` holds on every process, so that none goes on alone and waits forever."""
     if not together or jax.process_count() == 1:
         return ok
     return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
@@ -232,16 +216,16 @@ class Checkpoints:
         self._bad: set[int] = set()  # steps that this process saw fail
 
     def _writer(self) -> ocp.AsyncCheckpointer:
-        """Directories made in the background, if they fail, leave threads waiting for minutes."""
+        """An orbax writer that makes directories in the foreground, where failures are seen."""
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         return ocp.AsyncCheckpointer(self._handler, async_options=options)
 
     def steps(self) -> list[int]:
-        """The finished ones on disk, oldest first, verified or not."""
+        """The steps of all finished checkpoints on disk, oldest first, verified or not."""
         return sorted(int(path.name) for path in self._attempts() if _finished(path))
 
     def _attempts(self) -> list[epath.Path]:
-        """All that looks like a checkpoint: finished, under way, or left by a kill."""
+        """The paths of all checkpoints, also those unfinished or left by a kill."""
         entries = self.directory.iterdir() if self.directory.exists() else []
         return [path for path in entries if path.name.split(".")[0].isdecimal()]
 
@@ -309,13 +293,13 @@ class Checkpoints:
                 _say(logging.WARNING, "%s could not be deleted (%s)", path, _reason(error))
 
     def wait(self) -> None:
-        """Until the last save is durable, or its loss has been logged."""
+        """Wait until the last save is on disk, or its loss has been logged."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
     def close(self) -> None:
-        """Wait, then let go of the threads; without it a save under way at exit is lost."""
+        """Wait for the last save and end the threads; else a save in progress is lost at exit."""
         self.wait()
         self._worker.shutdown()
         self._orbax.close()
@@ -331,15 +315,15 @@ class Checkpoints:
         """
         self.wait()
         with jax.transfer_guard("allow"):
-            found = self._walk(_named(abstract), step)
-            if found is None:
+            newest = self._walk(_named(abstract), step)
+            if newest is None:
                 return None
-            self._current, arrays = found
+            self._current, arrays = newest
             leaves, treedef = jax.tree.flatten(abstract)
             return self._current, treedef.unflatten(map(_like, leaves, arrays.values()))
 
     def _walk(self, want: dict | None, step: int | None) -> tuple[int, dict] | None:
-        """From the newest back to one that verifies, saying which did not and why."""
+        """(step, arrays) of the newest checkpoint that verifies; says which did not, and why."""
         for path in self._attempts():
             if not _finished(path):
                 _say(logging.WARNING, "checkpoint skipped: %s is not finished", path)
@@ -360,7 +344,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, want: dict | None) -> tuple[dict, str | None]:
-        """(arrays, None), or ({}, the reason why they cannot be trusted)."""
+        """(arrays, None) of a checkpoint, or ({}, why it cannot be trusted)."""
         path, arrays, reason = self.directory / str(step), {}, None
         try:
             record = _record(path)
@@ -375,12 +359,12 @@ class Checkpoints:
             reason = _reason(error)
         if not _all(reason is None, want is not None):
             return {}, reason or "another process cannot read it"
-        found = digest(arrays)
-        wrong = [name for name in found if found[name] != record[name][1]]
+        digests = digest(arrays)
+        wrong = [name for name in digests if digests[name] != record[name][1]]
         return ({}, f"damaged: {', '.join(wrong[:5])}") if wrong else (arrays, None)
 
     def _check(self, step: int, disk: dict[str, str], want: dict | None) -> None:
-        """Another state is no damage: there is no point in walking back."""
+        """Raise CheckpointError where the checkpoint has other arrays than the state."""
         here = disk if want is None else {name: _kind(x) for name, x in want.items()}
         if lines := _difference(disk, here):
             more = [f"... and {len(lines) - 8} more"] if len(lines) > 8 else []
@@ -397,12 +381,12 @@ def load(directory: epath.PathLike, step: int | None = None) -> Tree:
     A process may call it alone. Raises CheckpointError if there is none.
     """
     checkpoints = Checkpoints(directory)
-    found = checkpoints._walk(None, step)
+    newest = checkpoints._walk(None, step)
     checkpoints.close()
-    if found is None:
+    if newest is None:
         raise CheckpointError(f"there is no checkpoint in {checkpoints.directory}")
     nested: dict = {}
-    for path, x in found[1].items():
+    for path, x in newest[1].items():
         *parents, name = path.split("/")
         inner = nested
         for parent in parents:

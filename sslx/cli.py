@@ -1,7 +1,7 @@
 """The command line. Heavy imports happen in the command that needs them."""
 
 import argparse
-import dataclasses
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -18,6 +18,10 @@ def main(argv: list[str] | None = None) -> int:
     if bad := [x for x in rest if x.startswith("-") or "overrides" not in arguments]:
         root.error(f"unrecognized arguments: {' '.join(bad)}")
     arguments.overrides = [*getattr(arguments, "overrides", []), *rest]
+    if arguments.run in (train, show) and arguments.recipe is None:
+        from sslx.recipes import shipped
+
+        root.error(f"name a recipe, a .py file or one of these: {', '.join(shipped())}")
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
@@ -41,31 +45,33 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     def recipe(added: argparse.ArgumentParser, *flags: str, **options) -> None:
+        options = options if flags else {"nargs": "?", "help": "a name or a .py file"} | options
         added.add_argument(*flags or ["recipe"], type=Path, metavar="RECIPE", **options)
         added.add_argument("overrides", nargs="*", metavar="name=value")
 
     train_ = command(train, "start a run, or resume it where it stopped")
-    recipe(train_, help="a recipe, or the directory of a run to resume")
+    recipe(train_, help="a name or a .py file, or the directory of a run to resume")
     train_.add_argument("--workdir", type=Path, metavar="RUN", help="default: runs/RECIPE")
     train_.add_argument(
         "--accept-changes", action="store_true", help="resume although the recipe has changed"
     )
-    eval_added = command(eval_, "probe a run's features beside random init and raw input")
-    eval_added.add_argument("workdir", type=Path, metavar="RUN")
-    eval_added.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="labelled URIs")
-    eval_added.add_argument("--on", metavar="knn,linear,health", help="default: the recipe's")
-    eval_added.add_argument("--step", type=int, help="default: the newest checkpoint")
+    added = command(eval_, "run every eval of the recipe, beside random init and the raw input")
+    added.add_argument("workdir", type=Path, metavar="RUN")
+    added.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="labelled URIs")
+    added.add_argument("--on", metavar="NAMES", help="evals or parts, as knn,linear; default: all")
+    added.add_argument("--step", type=int, help="default: the newest checkpoint")
     export_ = command(export, "write a run's weights for transformers or timm; needs no torch")
     export_.add_argument("workdir", type=Path, metavar="RUN")
     export_.add_argument("out", type=Path, metavar="OUT")
     export_.add_argument("--format", choices=("hf", "timm"), default="hf")
+    export_.add_argument("--encoder", metavar="NAME", help="default: the objective's first")
     export_.add_argument("--step", type=int, help="default: the newest checkpoint")
     import_added = command(
         import_, "make a Hugging Face ViT-MAE, BERT or RoBERTa a run to continue or probe"
     )
     import_added.add_argument("source", type=Path, metavar="DIR")
     import_added.add_argument("workdir", type=Path, metavar="RUN")
-    recipe(import_added, "--recipe", help="default: the model's own, in configs")
+    recipe(import_added, "--recipe", help="default: the model's own")
     tokenize_ = command(tokenize, "turn text into windows of tokens, once; interrupted, it goes on")
     tokenize_.add_argument(
         "source", metavar="SOURCE", help="a folder, file or glob of .txt, .jsonl (.gz), .parquet"
@@ -86,10 +92,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def mendable(error: Exception) -> bool:
-    """Errors that carry their own advice, as opposed to bugs."""
+    """Whether an error tells the user what to do, as opposed to a bug."""
     from sslx.checkpoint import CheckpointError
     from sslx.signals import Interrupted
-    from sslx.train import Diverged
+    from sslx.watch import Diverged
 
     return isinstance(error, ValueError | OSError | CheckpointError | Diverged | Interrupted)
 
@@ -103,7 +109,8 @@ def fail(text: str, code: int) -> int:
 
 
 def train(arguments) -> None:
-    from sslx.config import ConfigError, Recipe, recipe_of
+    from sslx.config import ConfigError
+    from sslx.recipes import Recipe, recipe_of
 
     path, run = arguments.recipe, arguments.workdir
     if path.is_dir():
@@ -114,221 +121,52 @@ def train(arguments) -> None:
     else:
         recipe = Recipe(path, tuple(arguments.overrides))
         run = run or Path("runs") / path.stem
-    config = recipe.load()
-    refuse_changes(config, run, arguments.accept_changes)
+    recipe.load()  # an error in it needs no accelerator
     start_jax()
-    import jax
+    from sslx.run import fit_recipe
 
-    from sslx import train as engine
-
-    engine.check(config)  # what cannot work fails before it is saved
-    if jax.process_index() == 0:
-        recipe.save(run)
-    engine.train(config, run)
-
-
-def refuse_changes(config, run: Path, accepted: bool) -> None:
-    """Raise ConfigError when `run` was started as another run, with the difference."""
-    from sslx.config import ConfigError, difference, recipe_of
-
-    if not (run / "overrides.json").is_file() or accepted:
-        return
-    changes = difference(recipe_of(run).load(), config)
-    if changes:
-        raise ConfigError(
-            f"{run} was started with another recipe:\n  "
-            + "\n  ".join(changes)
-            + "\nuse another --workdir, or go on all the same with --accept-changes."
-        )
+    fit_recipe(recipe, run, arguments.accept_changes)
 
 
 def eval_(arguments) -> None:
-    import json
-
     from rich.console import Console
     from rich.table import Table
 
     start_jax()
     import jax
 
-    from sslx.evals.features import Counts, Pixels
-    from sslx.models.text import TextEncoder
-    from sslx.sharding import batch_sharding
-    from sslx.train import fresh_state, restored
+    from sslx.run import Run
 
-    config, mesh, step, state = restored(arguments.workdir, arguments.step)
-    probes, place = probes_of(config, arguments.data, arguments.on), batch_sharding(mesh)
-    with jax.set_mesh(mesh):
-
-        def measure(of):
-            return dict(probes(config.objective, of.params, of.buffers, config.views, place))
-
-        scores = {f"step {step}": measure(state)}
-        scores["random init"] = measure(fresh_state(config, mesh))
-        encoder, _ = config.objective.backbone(state.params, state.buffers)
-        if isinstance(encoder, TextEncoder):
-            name, floor = "word counts", Counts(encoder.vocabulary.size)
-        else:
-            name, floor = "pixels", Pixels()
-        scores[name] = dict(probes.measure(floor, {}, config.views, place))
+    on = tuple(arguments.on.split(",")) if arguments.on else ()
+    data = tuple(arguments.data) if arguments.data else None
+    with bars() as progress:
+        columns = Run.open(arguments.workdir).evaluate(on, data, arguments.step, progress)
     if jax.process_index():
         return
-    table = Table("", *scores)
-    for name in scores[f"step {step}"]:
-        table.add_row(name, *(f"{of[name]:.4g}" if name in of else "" for of in scores.values()))
+    table = Table("", *columns)
+    for name in dict.fromkeys(name for of in columns.values() for name in of):
+        table.add_row(name, *(f"{of[name]:.4g}" if name in of else "" for of in columns.values()))
     Console().print(table)
-    path = arguments.workdir / "evals.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    if arguments.data:
-        scores = {f"{name} on {' '.join(arguments.data)}": of for name, of in scores.items()}
-    merged = before | {name: before.get(name, {}) | of for name, of in scores.items()}
-    path.write_text(json.dumps(merged, indent=1) + "\n")
-
-
-def probes_of(config, data: list[str] | None, on: str | None):
-    """The recipe's probes, or the default ones, on other data or only some of them."""
-    from sslx.config import ConfigError, unknown
-    from sslx.evals.probes import Probes
-
-    found = [e for e in config.evals.values() if isinstance(e, Probes)]
-    if not found and not data:
-        raise ConfigError("The recipe names no labelled data: give --data TRAIN TEST.")
-    if data:
-        sets = [dataclasses.replace(config.data, source=uri, labels=True) for uri in data]
-        probes = dataclasses.replace(
-            found[0] if found else Probes(*sets), train=sets[0], test=sets[1]
-        )
-    else:
-        probes = found[0]
-    known = {type(probe).__name__.lower(): probe for probe in probes.on}
-    names = on.split(",") if on else list(known)
-    for name in names:
-        if name not in known:
-            raise unknown(name, known, "--on")
-    return dataclasses.replace(probes, on=tuple(known[name] for name in names))
 
 
 def export(arguments) -> None:
     start_jax()
-    import json
+    from sslx.run import Run
 
-    import jax
-    import numpy as np
-
-    from sslx.config import ConfigError, printed
-    from sslx.export import hf, timm
-    from sslx.models.text import TextEncoder
-    from sslx.train import restored
-
-    run, out = arguments.workdir, arguments.out
-    config, mesh, step, state = restored(run, arguments.step)
-    params, buffers = jax.tree.map(np.asarray, jax.device_get((state.params, state.buffers)))
-    encoder, _ = config.objective.backbone(params, buffers)
-    if arguments.format == "timm":
-        if isinstance(encoder, TextEncoder):
-            raise ConfigError("timm has no encoders of text: use --format hf.")
-        size, _ = rendering(config, mesh)
-        path = out if out.suffix == ".safetensors" else out / "model.safetensors"
-        timm.save(config.objective, params, path, size, buffers)
-    else:
-        scores = run / "evals.json"
-        numbers = json.loads(scores.read_text()).get(f"step {step}", {}) if scores.exists() else {}
-        card = hf.Card(step, printed(config), numbers)
-        if isinstance(encoder, TextEncoder):
-            hf.save_text(config.objective, params, out, card, tokenizer_of(config))
-        else:
-            size, statistics = rendering(config, mesh)
-            hf.save(config.objective, params, out, size, statistics, card, buffers)
-    print(f"{out}: step {step} of {run}, for {arguments.format}")
-
-
-def tokenizer_of(config) -> str | None:
-    """The folder of the tokenizer that the training windows were written with, if it is there."""
-    try:
-        source, _ = config.data.mixture[0]
-        return os.path.expanduser(source.path)
-    except (ValueError, OSError, AttributeError) as error:
-        print(f"sslx: exported without a tokenizer: {error}", file=sys.stderr)
-        return None
-
-
-def rendering(config, mesh) -> tuple[tuple[int, int], tuple | None]:
-    """What the eval view makes of a picture: its size, and the (mean, std) of Normalize if any."""
-    import jax
-
-    from sslx.train import abstract_batch, new_key
-    from sslx.views import Chain, Normalize
-
-    view = config.views.eval
-    image = jax.eval_shape(view, new_key(config), abstract_batch(config, mesh))["image"]
-    links = view.links if isinstance(view, Chain) else (view,)
-    found = [(link.mean, link.std) for link in links if isinstance(link, Normalize)]
-    return image.shape[1:3], found[0] if found else None
+    run = Run.open(arguments.workdir)
+    step = run.export(
+        arguments.out, arguments.format, encoder=arguments.encoder, step=arguments.step
+    )
+    print(f"{arguments.out}: step {step} of {run.path}, for {arguments.format}")
 
 
 def import_(arguments) -> None:
     start_jax()
-    import jax
+    from sslx.run import import_checkpoint
 
-    from sslx.checkpoint import CheckpointError, Checkpoints
-    from sslx.config import ConfigError, Recipe
-    from sslx.export import hf
-    from sslx.train import abstract_state, fresh_state
-
-    run = arguments.workdir
-    if (run / "overrides.json").exists():
-        raise ConfigError(f"{run} is a run already: name a new directory.")
-    kind = hf.model_type(arguments.source)
-    default = {"bert": "bert_base"}.get(kind, "roberta_base" if kind in hf.CLASSES else "")
-    default = Path("configs") / f"{default or 'mae_vit_imagenet'}.py"
-    recipe = Recipe(arguments.recipe or default, tuple(arguments.overrides))
-    if kind in hf.CLASSES:
-        net, params = hf.load_text(arguments.source)
-        overrides = shape_of(net, recipe.load())
-    else:
-        fields, params = hf.load(arguments.source)
-        parts = {name: fields.pop(name) for name in ("encoder", "decoder")}
-        shape = {f"{part}.{name}": x for part, of in parts.items() for name, x in of.items()}
-        overrides = [f"objective.{name}={value}" for name, value in (shape | fields).items()]
-    recipe = Recipe(recipe.path, (*recipe.overrides, *overrides))
-    config = recipe.load()
-    mesh = config.mesh.build()
-    with jax.set_mesh(mesh):
-        where = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh).params)
-        state = fresh_state(config, mesh)
-        # What the checkpoint lacks stays as it starts: the head, where it is an encoder alone.
-        missing = {name: x for name, x in state.params.items() if name not in params}
-        params = jax.device_put(params, {name: where[name] for name in params})
-        state = state.replace(params=params | missing)
-    if missing:
-        print(f"{arguments.source} has no {', '.join(missing)}: that starts anew", file=sys.stderr)
-    recipe.save(run)
-    checkpoints = Checkpoints(run / "checkpoints", config.keep)
-    checkpoints.save(0, state)
-    checkpoints.close()
-    if not checkpoints.steps():
-        raise CheckpointError(f"{run} could not be written: make room and import again.")
+    run, overrides = arguments.workdir, tuple(arguments.overrides)
+    import_checkpoint(arguments.source, run, arguments.recipe, overrides)
     print(f"{run}: a run at step 0; `sslx train {run}` goes on from it")
-
-
-def shape_of(net, config) -> list[str]:
-    """The overrides that give a config the net of a checkpoint, and its windows the vocabulary."""
-    from sslx.config import lines
-    from sslx.evals.text import Perplexity
-
-    how = ("dtype", "remat", "form.init")  # the recipe's, as are its dropouts
-
-    def leaves(value, path: str) -> list[str]:
-        given = [line.split(" = ") for line in lines(value, path)]
-        branches = {name.rpartition(".")[0] for name, _ in given}
-        return [f"{name}={text}" for name, text in given if name not in branches]
-
-    at = "objective.net"
-    aside = tuple(f"{at}.encoder.{name}" for name in (*how, "form.dropout", "form.attention"))
-    found = [item for item in leaves(net, at) if not item.startswith(aside)]
-    held_out = (name for name, e in config.evals.items() if isinstance(e, Perplexity))
-    read, words = ["data", *(f"evals.{name}.data" for name in held_out)], net.encoder.vocabulary
-    return found + [x for part in read for x in leaves(words, f"{part}.decode.vocabulary")]
 
 
 def tokenize(arguments) -> None:
@@ -342,7 +180,7 @@ def tokenize(arguments) -> None:
         TransferSpeedColumn,
     )
 
-    from sslx.data import tokenize
+    from sslx.data.text import tokenize
 
     index, slash, count = arguments.process.partition("/")
     if not (slash and index.isdigit() and count.isdigit()):
@@ -353,10 +191,10 @@ def tokenize(arguments) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("training a tokenizer" if not arguments.tokenizer else "planning")
 
-        def said(done: int, total: int) -> None:
+        def progress(done: int, total: int) -> None:
             bar.update(task, description="tokenizing", completed=done, total=total)
 
-        found = tokenize.tokenize(
+        manifest = tokenize.tokenize(
             arguments.source,
             arguments.out,
             vocabulary_size=arguments.vocab,
@@ -365,13 +203,13 @@ def tokenize(arguments) -> None:
             length=arguments.length,
             workers=arguments.workers,
             process=(int(index), int(count)),
-            said=said,
+            progress=progress,
         )
-    if found is None:
+    if manifest is None:
         print(f"{arguments.out}: this process's part is done; other processes are not")
         return
-    counts, length = found["counts"], found["length"]
-    for name, reason in list(found["dropped"].items())[:20]:
+    counts, length = manifest["counts"], manifest["length"]
+    for name, reason in list(manifest["dropped"].items())[:20]:
         console.print(f"dropped {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
     if counts["dropped"] > 20:
         console.print(f"dropped {counts['dropped']:,} in all: see {arguments.out}/manifest.json")
@@ -379,44 +217,51 @@ def tokenize(arguments) -> None:
     print(
         f"{arguments.out}: {counts['documents']:,} documents, {counts['tokens']:,} tokens "
         f"({counts['unknown'] / max(1, counts['tokens']):.2%} unknown) in {counts['windows']:,} "
-        f"windows of {length}, {used:.1%} full; vocabulary {found['vocabulary']['size']:,}"
+        f"windows of {length}, {used:.1%} full; vocabulary {manifest['vocabulary']['size']:,}"
     )
 
 
 def show(arguments) -> None:
-    import jax
-    import numpy as np
     from rich.console import Console
 
-    from sslx.config import Recipe, printed
-    from sslx.ops.flops import flops
-    from sslx.ops.trees import path_of
-    from sslx.train import abstract_batch, abstract_state, train_step
+    from sslx.config import printed
+    from sslx.recipes import Recipe
+    from sslx.run import summary
 
     config = Recipe(arguments.recipe, tuple(arguments.overrides)).load()
     console = Console(soft_wrap=True)
     console.print(printed(config), highlight=False, markup=False)
-    mesh = config.mesh.build()
-    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
-    rows = [("params", "shape", "sharding", "size")]
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-        cut = ", ".join("*".join(c) if isinstance(c, tuple) else str(c) for c in leaf.sharding.spec)
-        rows.append((path_of(keys), str(leaf.shape), f"({cut})", f"{leaf.size:,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:  # no table of rich's: it cuts paths where the terminal is narrow
-        *texts, size = (text.ljust(n) for text, n in zip(row, widths, strict=True))
-        console.print(*texts, size.strip().rjust(widths[-1]), sep="  ", highlight=False)
-    total = sum(x.size for x in jax.tree.leaves(state.params))
-    with jax.set_mesh(mesh):
-        work = flops(lambda s, b: train_step(s, b, config=config), state, batch)
-    console.print(f"params {total:,}, on a mesh of {dict(mesh.shape)}")
-    memory = sum(np.prod(x.shape) * 4 for x in jax.tree.leaves(state)) / 2**30
-    console.print(f"state {memory:.2f} GiB (params, moments, buffers), all devices together")
-    each = f"{work / config.batch_size / 1e9:.4g} G"
-    console.print(f"FLOPs per example, a whole step, with what it computes twice: {each}")
+    console.print(summary(config), highlight=False, markup=False)
 
 
 # ---- what they share ----
+
+
+@contextlib.contextmanager
+def bars():
+    """A `progress(task, done, total)` on the terminal; without one, a line for each task."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console, tasks = Console(stderr=True), {}
+    columns = [TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn()]
+    columns += [TimeRemainingColumn(compact=True)]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def show(task: str, done: int, total: int) -> None:
+            if task not in tasks:
+                tasks[task] = progress.add_task(task, total=total)
+                if not console.is_terminal:
+                    console.print(task, highlight=False, soft_wrap=True)
+            progress.update(tasks[task], completed=done, total=total)
+
+        yield show
 
 
 def start_jax() -> None:

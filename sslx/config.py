@@ -1,44 +1,79 @@
-"""A run as one value: what trains, on what, for how long; loaded, overridden and printed."""
+"""The configuration of a run as one value, and how it is overridden and printed."""
 
+import abc
 import ast
+import contextlib
 import dataclasses
 import difflib
-import importlib.util
 import inspect
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, get_origin, runtime_checkable
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import NamedSharding
 
 from sslx.checkpoint import Retention
 from sslx.data.pipeline import Pipeline
-from sslx.log import write_whole
 from sslx.objectives.base import Objective
 from sslx.optim import Optimizer
 from sslx.sharding import Mesh
+from sslx.start import Start
 from sslx.types import Buffers, Params
 from sslx.views import Views
 
 
 class ConfigError(ValueError):
-    """A recipe or an override that cannot be."""
+    """A recipe or an override is invalid."""
 
 
-@runtime_checkable
-class Eval(Protocol):
-    """Numbers and pictures of a state: yields (name, float) or (name, uint8 [H, W, C])."""
+Numbers = dict[str, dict[str, float]]  # {column: {name: value}}
+
+
+class Eval(abc.ABC):
+    """An evaluation of a state, as numbers and pictures.
+
+    It is called with the state's params and buffers, the recipe's views, the sharding of a batch,
+    and `progress(task, done, total)`, which shows how far it is.
+    """
 
     def check(self) -> None:
         """Raise ValueError now, before any device work, for what cannot be evaluated."""
+        return None
 
+    @abc.abstractmethod
     def __call__(
-        self, objective: Objective, params: Params, buffers: Buffers, views: Views, sharding=None
-    ) -> Iterator[tuple[str, float | np.ndarray]]: ...
+        self,
+        objective: Objective,
+        params: Params,
+        buffers: Buffers,
+        views: Views,
+        sharding: NamedSharding | None = None,
+        progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+    ) -> Iterator[tuple[str, float | np.ndarray]]:
+        """(name, float) or (name, uint8 picture [H, W, C]), one after another."""
+
+    def floors(
+        self,
+        objective: Objective,
+        params: Params,
+        buffers: Buffers,
+        views: Views,
+        sharding: NamedSharding | None = None,
+        progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+    ) -> Numbers:
+        """{baseline: {name: value}} of what needs no training; none by default."""
+        return {}
+
+    def parts(self) -> tuple[str, ...]:
+        """Names of what `only` can choose from; none by default."""
+        return ()
+
+    def only(self, names: Collection[str]) -> "Eval":
+        """The same evaluation with some of its parts."""
+        raise ConfigError(f"{type(self).__name__} has no parts, and so no {', '.join(names)}.")
 
 
 def how(default: Any) -> Any:
@@ -49,7 +84,7 @@ def how(default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Alarm:
-    """What counts as collapse: `metric` below a bound for `patience` steps on end.
+    """When embeddings count as collapsed: `metric` below a bound for `patience` steps in a row.
 
     Methods that can collapse report `embedding_std`: 1 on an isotropic sphere, 0 on a point.
     """
@@ -72,12 +107,13 @@ class Config:
 
     objective: Objective
     data: Pipeline
-    views: Views
+    views: Views = field(default=Views(), kw_only=True)  # keyword, so that no one may come before
     optimizer: Optimizer
     steps: int
     batch_size: int
     accumulate: int = 1  # micro-batches of one step, one after another
     seed: int = 0
+    start: Start | str | None = None  # what the params of step 0 are taken from, if not drawn
     nonfinite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does
     evals: Mapping[str, Eval] = field(default_factory=dict, compare=False)
     collapse: Alarm = how(Alarm())
@@ -88,6 +124,8 @@ class Config:
     eval_every: int = how(5000)
 
     def __post_init__(self):
+        if isinstance(self.start, str):
+            object.__setattr__(self, "start", Start(self.start))
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(
@@ -108,7 +146,7 @@ class Config:
 
 def lines(value: Any, path: str = "", law: bool = False) -> Iterator[str]:
     """`a.b.c = value` for every leaf of a config; with `law` only what changes the result."""
-    if isinstance(value, type) or not (parts := dict(_parts(value, law))):
+    if isinstance(value, type) or not (parts := dict(parts_of(value, law))):
         yield f"{path} = {_text(value)}"
         return
     if dataclasses.is_dataclass(value):
@@ -128,7 +166,7 @@ def difference(old: Config, new: Config) -> list[str]:
     return [x for x in difflib.ndiff(before, after) if x[:2] in ("- ", "+ ")]
 
 
-def _parts(value: Any, law: bool = False) -> Iterator[tuple[str, Any]]:
+def parts_of(value: Any, law: bool = False) -> Iterator[tuple[str, Any]]:
     """The named parts of a composite: fields, items, elements that are composites themselves."""
     if dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
@@ -166,12 +204,15 @@ def override(value: Any, path: str, text: str) -> Any:
 def _replaced(value: Any, rest: list[str], path: str, text: str, hint: Any = None) -> Any:
     if not rest:
         return parse(value, path, text, hint)
-    parts, name = dict(_parts(value)), rest[0]
+    parts, name = dict(parts_of(value)), rest[0]
     if name not in parts:
         here = ".".join(path.split(".")[: -len(rest)])
         raise unknown(name, parts, f"{here or 'the config'} ({type(value).__name__})")
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
     hint = {f.name: f.type for f in fields}.get(name)
+    if isinstance(hint, str):  # from __future__ import annotations
+        with contextlib.suppress(NameError):
+            hint = get_type_hints(type(value))[name]
     part = _replaced(parts[name], rest[1:], path, text, hint)
     if fields:
         return dataclasses.replace(value, **{name: part})
@@ -189,7 +230,7 @@ def parse(current: Any, name: str, text: str, hint: Any = None) -> Any:
     allowed = get_args(hint)
     if text == "None" and type(None) in allowed:
         return None
-    if parts := dict(_parts(current)):
+    if parts := dict(parts_of(current)):
         if str in allowed and text != type(current).__name__:
             return text
         inner = ", ".join(f"{name}.{part}" for part in parts)
@@ -233,79 +274,3 @@ def unknown(name: str, known: Mapping, where: str) -> ConfigError:
     near = difflib.get_close_matches(name, list(known), 1, 0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'no parts'}."
     return ConfigError(f"{where} has no {name!r}: {hint}")
-
-
-# ---- recipes ----
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A Python file with a function `config(dials...) -> Config`, and what was overridden."""
-
-    path: Path
-    overrides: tuple[str, ...] = ()
-
-    def load(self) -> Config:
-        """`name=value` fills an argument of the recipe, `a.b.c=value` replaces along a path."""
-        module = self.module()
-        dials = inspect.signature(module.config).parameters
-        arguments, paths = {}, {}
-        for item in self.overrides:
-            name, equals, text = item.partition("=")
-            if not equals:
-                raise ConfigError(f"{item!r} is no override: write name=value.")
-            if name in dials:
-                arguments[name] = parse(dials[name].default, name, text, dials[name].annotation)
-            else:
-                paths[name] = text
-        empty = inspect.Parameter.empty
-        if missing := [n for n, d in dials.items() if d.default is empty and n not in arguments]:
-            needs = " ".join(f"{name}=..." for name in missing)
-            raise ConfigError(f"{self.path} has no default for {', '.join(missing)}: add {needs}")
-        config = module.config(**arguments)
-        if not isinstance(config, Config):
-            raise ConfigError(f"{self.path}: config(...) returned {config!r} and no Config.")
-        for name, text in paths.items():
-            if "." not in name and name not in dict(_parts(config)):
-                raise unknown(name, {**dials, **dict(_parts(config))}, self.path.name)
-            config = override(config, name, text)
-        return config
-
-    def module(self):
-        if not self.path.is_file():
-            near = sorted(str(p) for p in self.path.parent.glob("*.py"))
-            match = difflib.get_close_matches(str(self.path), near, 1)
-            hint = (
-                f"did you mean {match[0]}?" if match else "give the path of a recipe, a .py file."
-            )
-            raise ConfigError(f"There is no recipe {self.path}: {hint}")
-        spec = importlib.util.spec_from_file_location(f"recipe_{self.path.stem}", self.path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, "config", None)):
-            raise ConfigError(f"{self.path} has no function config(...) -> Config.")
-        return module
-
-    def save(self, run: Path) -> None:
-        """Copy into a run directory; a recipe is never read from where it was after that."""
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            write_whole(run / "recipe.py", self.path.read_text())
-            write_whole(run / "overrides.json", json.dumps(self.overrides, indent=1) + "\n")
-            write_whole(run / "config.txt", printed(self.load()))
-        except OSError as error:
-            raise ConfigError(
-                f"Cannot write to {run} ({error}): choose another --workdir."
-            ) from error
-
-
-def recipe_of(run: Path) -> Recipe:
-    """The recipe that a run directory was started with."""
-    if not (run / "overrides.json").is_file():
-        raise ConfigError(f"{run} is no run: it has no overrides.json; name the --workdir of one.")
-    return Recipe(run / "recipe.py", tuple(json.loads((run / "overrides.json").read_text())))
-
-
-def load(recipe: str | Path, *overrides: str, **dials: Any) -> Config:
-    """The config of a recipe file: `load("configs/mae_digits.py", "batch_size=64")`."""
-    return Recipe(Path(recipe), (*overrides, *(f"{k}={v}" for k, v in dials.items()))).load()

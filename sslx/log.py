@@ -1,18 +1,21 @@
-"""What a run says: a progress bar, metrics.jsonl, TensorBoard, pictures. Only process 0 speaks."""
+"""Logging of a run: progress bar, metrics.jsonl, TensorBoard, pictures; by process 0 only."""
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import math
 import os
-import sys
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,6 +34,27 @@ def write_whole(path: Path, text: str) -> None:
         new.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a write names no file
+
+
+def write_picture(run: Path, name: str, image: np.ndarray) -> None:
+    """Write a uint8 picture [H, W, C] to pictures/NAME.png of a run."""
+    path = run / "pictures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(image).save(path)
+
+
+def picture(image: np.ndarray) -> Image.Image:
+    """A uint8 array [H, W, 1 or 3] as a Pillow picture."""
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+
+
+def step_rows(run: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, but one that a kill cut short."""
+    path = run / "metrics.jsonl"
+    for row in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if row.endswith("\n"):
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(row)
 
 
 class Clock:
@@ -69,7 +93,7 @@ class Handler(logging.Handler):
 
 
 class Log:
-    """The diary of a run directory; `write(step, values)` is all that training needs of it."""
+    """The log of a run: `write(step, values)` for numbers and pictures, and a progress bar."""
 
     def __init__(self, run: Path, steps: int, start: int = 0):
         self.speaks = jax.process_index() == 0
@@ -78,19 +102,19 @@ class Log:
         self.handler = Handler(self.console)
         log.addHandler(self.handler)
         columns = [TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(None)]
-        columns += [TextColumn("{task.fields[said]}"), TimeRemainingColumn(compact=True)]
+        columns += [TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True)]
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task("train", total=steps, completed=start, said="compiling")
+        self.task = self.bar.add_task("train", total=steps, completed=start, text="compiling")
         self.bar.start()
         if self.speaks:
             self.truncate(start)
         self.board, self.failing = None, False
 
     def truncate(self, start: int) -> None:
-        """Forget what was written after the checkpoint that a run resumes from."""
+        """Remove the rows after the checkpoint that a run resumes from."""
         path = self.run / "metrics.jsonl"
-        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-        write_whole(path, "".join(row for row in rows if -1 < _step(row) <= start))
+        rows = [row for row in step_rows(self.run) if row["step"] <= start]
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Numbers to metrics.jsonl and TensorBoard, pictures to pictures/ and TensorBoard."""
@@ -101,13 +125,13 @@ class Log:
         with self.forgiving(step, "metrics"):
             _append(self.run / "metrics.jsonl", json.dumps({"step": step, **row}) + "\n")
             for name in values.keys() - numbers.keys():
-                self.picture(f"{name}-{step:06d}", values[name])
+                write_picture(self.run, f"{name}-{step:06d}", values[name])
             self.board = self.board or Board(self.run, step)
             self.board.write(step, values)
 
     @contextlib.contextmanager
     def forgiving(self, step: int, what: str) -> Iterator[None]:
-        """A full disk costs what is written within, never the run; said at the first loss."""
+        """A context in which failed writes are logged once and do not stop the run."""
         try:
             yield
             self.failing = False
@@ -117,18 +141,11 @@ class Log:
             self.failing = True
             self.stop()  # half a record ends a TensorBoard file
 
-    def picture(self, name: str, image: np.ndarray) -> None:
-        from PIL import Image
-
-        path = self.run / "pictures" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(path)
-
-    def progress(self, step: int, said: str = "", line: bool = False) -> None:
+    def progress(self, step: int, text: str = "", line: bool = False) -> None:
         """Move the bar; with `line`, a line of its own where there is no terminal for a bar."""
-        self.bar.update(self.task, completed=step, **({"said": said} if said else {}))
-        if line and said and not self.console.is_terminal:
-            self.console.print(f"step {step}/{self.steps}  {said}", highlight=False, soft_wrap=True)
+        self.bar.update(self.task, completed=step, **({"text": text} if text else {}))
+        if line and text and not self.console.is_terminal:
+            self.console.print(f"step {step}/{self.steps}  {text}", highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         log.warning("%s", text)
@@ -153,45 +170,48 @@ class Log:
 class Board:
     """A TensorBoard file; from its first step on it replaces what older ones in the run say.
 
-    Written at once: tensorboardX's own SummaryWriter has a thread, which a full disk kills, and
-    then waits for it for ever.
+    Written at once: TensorBoard's own writer has a thread, which a full disk kills, and then waits
+    for it for ever.
     """
 
     def __init__(self, run: Path, step: int):
-        hidden = sys.modules.setdefault("torch", None)  # it would be loaded, if installed: seconds
-        try:
-            from tensorboardX import event_file_writer, summary
-            from tensorboardX.proto import event_pb2
-        finally:
-            if hidden is None:
-                del sys.modules["torch"]
-        self.summary, self.event = summary, event_pb2.Event
-        self.file = event_file_writer.EventsWriter(str(run / "events"), f".{step}")
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.event, self.summary, now = event_pb2.Event, summary_pb2.Summary, time.time()
+        name = f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{step}"
+        self.file = RecordWriter((run / name).open("wb"))
+        self.add(self.event(wall_time=now, file_version="brain.Event:2"))
         restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self.file.write_event(self.event(wall_time=time.time(), step=step, session_log=restart))
+        self.add(self.event(wall_time=now, step=step, session_log=restart))
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
+        Of = self.summary.Value
         for name, x in values.items():
             if isinstance(x, np.ndarray):
-                said = self.summary.image(name, x, dataformats="HWC")
+                shown = Of(tag=name, image=self.image(x))
             else:
-                said = self.summary.scalar(name, x)
-            self.file.write_event(self.event(wall_time=time.time(), step=step, summary=said))
+                shown = Of(tag=name, simple_value=x)
+            summary = self.summary(value=[shown])
+            self.add(self.event(wall_time=time.time(), step=step, summary=summary))
         self.file.flush()
+
+    def image(self, x: np.ndarray):
+        height, width, channels = x.shape
+        png = io.BytesIO()
+        picture(x).save(png, "PNG")
+        return self.summary.Image(
+            height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue()
+        )
+
+    def add(self, event) -> None:
+        self.file.write(event.SerializeToString())
 
 
 def _append(path: Path, row: str) -> None:
-    """One more line, or none of it."""
+    """Append a whole line or nothing."""
     with path.open("ab", buffering=0) as file:
         size, data = file.tell(), row.encode()
         if file.write(data) < len(data):
             file.truncate(size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
-def _step(row: str) -> int:
-    """The step of a line of metrics.jsonl, -1 if a kill cut it."""
-    try:
-        return json.loads(row)["step"] if row.endswith("\n") else -1
-    except json.JSONDecodeError:
-        return -1

@@ -1,12 +1,14 @@
 """Optimizers as values: they print, compare and hash, and build optax transformations.
 
 Which params decay is decided by path, never by rank: layers stacked for a scan have one axis more.
+Schedules read the step, so an optimizer's state holds moments and no count of its own, but Adam's
+number of updates, which corrects its bias.
 """
 
 import abc
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,24 +18,48 @@ from sslx.ops.trees import matching, path_of
 from sslx.types import Array, Params, Schedule, Tree
 
 NORMS_AND_BIASES = r".*/(bias|scale)"
-# Layers stacked for a scan, on axis 0: each has a trust ratio of its own.
-STACKED = r"(.*/)?transformer/blocks/.*"
 
 
 class Optimizer(abc.ABC):
     """An optax transformation that is a value."""
 
     learning_rate: Schedule
+    patterns: ClassVar[tuple[str, ...]] = ("no_decay",)  # fields that name params by path
 
     @abc.abstractmethod
-    def transform(self) -> optax.GradientTransformation:
-        """The transformation with its learning rate and sign: updates are added to params."""
+    def transform(self) -> optax.GradientTransformationExtraArgs:
+        """The transformation with its learning rate and sign: updates are added to params.
+
+        Its `update` takes `step` and `layers` beside grads, state and params.
+        """
+
+    def check(self, params: Params) -> None:
+        """Raise ValueError for a pattern that matches no path: one that does nothing is a bug."""
+        for name in self.patterns:
+            if name != "no_decay" or self.weight_decay:
+                matched(params, getattr(self, name), name)
 
     def init(self, params: Params) -> Tree:
+        """The state of the optimizer; raises ValueError for what does not fit these params."""
+        self.check(params)
         return self.transform().init(params)
 
-    def update(self, grads: Tree, opt_state: Tree, params: Params) -> tuple[Tree, Tree]:
-        return self.transform().update(grads, opt_state, params)
+    def update(
+        self,
+        grads: Tree,
+        opt_state: Tree,
+        params: Params,
+        step: Array | int,
+        layers: Tree | None = None,
+    ) -> tuple[Tree, Tree]:
+        """What is added to `params`, and the new state.
+
+        layers  for each of the params, the axis on which the layers of a scan are stacked, -1 where
+                none is; None where there is no scan. Where a norm of each array counts, a layer is
+                an array of its own
+        """
+        layers = jax.tree.map(lambda _: -1, params) if layers is None else layers
+        return self.transform().update(grads, opt_state, params, step=step, layers=layers)
 
 
 @dataclass(frozen=True)
@@ -47,16 +73,16 @@ class AdamW(Optimizer):
     b1: float = 0.9
     b2: float = 0.999
     epsilon: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float | Schedule = 0.0
     no_decay: str = NORMS_AND_BIASES
     clip: float | None = None
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
-            optax.identity() if self.clip is None else optax.clip_by_global_norm(self.clip),
+            clip_by_norm(self.clip),
             optax.scale_by_adam(self.b1, self.b2, self.epsilon),
             decay(self.weight_decay, self.no_decay),
-            optax.scale_by_learning_rate(self.learning_rate),
+            downhill(self.learning_rate),
         )
 
 
@@ -72,16 +98,16 @@ class BERTAdam(Optimizer):
     b1: float = 0.9
     b2: float = 0.999
     epsilon: float = 1e-6
-    weight_decay: float = 0.01
+    weight_decay: float | Schedule = 0.01
     no_decay: str = NORMS_AND_BIASES
     clip: float | None = 1.0
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
-            optax.identity() if self.clip is None else optax.clip_by_global_norm(self.clip),
+            clip_by_norm(self.clip),
             uncorrected_adam(self.b1, self.b2, self.epsilon),
             decay(self.weight_decay, self.no_decay),
-            optax.scale_by_learning_rate(self.learning_rate),
+            downhill(self.learning_rate),
         )
 
 
@@ -92,14 +118,14 @@ class SGD(Optimizer):
     learning_rate: Schedule
     momentum: float = 0.9
     nesterov: bool = False
-    weight_decay: float = 0.0
+    weight_decay: float | Schedule = 0.0
     no_decay: str = NORMS_AND_BIASES
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
             decay(self.weight_decay, self.no_decay),
             optax.trace(self.momentum, self.nesterov),
-            optax.scale_by_learning_rate(self.learning_rate),
+            downhill(self.learning_rate),
         )
 
 
@@ -115,16 +141,17 @@ class LARS(Optimizer):
     learning_rate: Schedule
     momentum: float = 0.9
     trust: float = 1e-3
-    weight_decay: float = 0.0
+    weight_decay: float | Schedule = 0.0
     no_decay: str = NORMS_AND_BIASES
     no_trust: str = NORMS_AND_BIASES
+    patterns = ("no_decay", "no_trust")
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
             decay(self.weight_decay, self.no_decay),
             trusted(self.trust, self.no_trust),
             optax.trace(self.momentum),
-            optax.scale_by_learning_rate(self.learning_rate),
+            downhill(self.learning_rate),
         )
 
 
@@ -139,15 +166,16 @@ class ClassicLARS(Optimizer):
     learning_rate: Schedule
     momentum: float = 0.9
     trust: float = 1e-3
-    weight_decay: float = 0.0
+    weight_decay: float | Schedule = 0.0
     no_decay: str = NORMS_AND_BIASES
     no_trust: str = NORMS_AND_BIASES
+    patterns = ("no_decay", "no_trust")
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
             decay(self.weight_decay, self.no_decay),
             trusted(self.trust, self.no_trust),
-            optax.scale_by_learning_rate(self.learning_rate),
+            downhill(self.learning_rate),
             optax.trace(self.momentum),
         )
 
@@ -165,14 +193,15 @@ class ClippedLARS(Optimizer):
     learning_rate: Schedule
     momentum: float = 0.9
     trust: float = 0.02
-    weight_decay: float = 0.0
+    weight_decay: float | Schedule = 0.0
     plain: str = NORMS_AND_BIASES
+    patterns = ("plain",)
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
             clipped(self.learning_rate, self.trust, self.weight_decay, self.plain),
             optax.trace(self.momentum),
-            optax.scale_by_learning_rate(self.learning_rate),
+            downhill(self.learning_rate),
         )
 
 
@@ -188,27 +217,63 @@ class LAMB(Optimizer):
     b1: float = 0.9
     b2: float = 0.999
     epsilon: float = 1e-6
-    weight_decay: float = 0.0
+    weight_decay: float | Schedule = 0.0
     no_decay: str = NORMS_AND_BIASES
     no_trust: str = NORMS_AND_BIASES
+    patterns = ("no_decay", "no_trust")
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
             optax.scale_by_adam(self.b1, self.b2, self.epsilon),
             decay(self.weight_decay, self.no_decay),
             trusted(1.0, self.no_trust),
-            optax.scale_by_learning_rate(self.learning_rate),
+            downhill(self.learning_rate),
         )
 
 
-# ---- parts ----
+# ---- transformations ----
 
 
-def decay(weight_decay: float, no_decay: str) -> optax.GradientTransformation:
+def stateless(update: Callable[..., Tree]) -> optax.GradientTransformationExtraArgs:
+    """A stateless transformation from a function (updates, params, step, layers) -> updates."""
+
+    def transformed(updates, state, params=None, *, step, layers, **others):
+        del others
+        return update(updates, params, step, layers), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), transformed)
+
+
+def value(of: float | Schedule, step: Array) -> Array | float:
+    """The value of a number or of a schedule at this step."""
+    return of(step) if callable(of) else of
+
+
+def downhill(learning_rate: Schedule) -> optax.GradientTransformationExtraArgs:
+    """Scale updates by minus the learning rate of the step."""
+
+    def scaled(updates, params, step, layers):
+        rate = -learning_rate(step)
+        return jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, updates)
+
+    return stateless(scaled)
+
+
+def clip_by_norm(most: float | None) -> optax.GradientTransformation:
+    """Bound the global norm of the gradient, unless `most` is None."""
+    return optax.identity() if most is None else optax.clip_by_global_norm(most)
+
+
+def decay(weight_decay: float | Schedule, no_decay: str) -> optax.GradientTransformation:
     """Add `weight_decay` times the param, where its path does not match `no_decay`."""
     if not weight_decay:
-        return optax.identity()  # nothing decays, so that no pattern has to match
-    return optax.add_decayed_weights(weight_decay, lambda p: spared(p, no_decay, "no_decay"))
+        return optax.identity()
+
+    def decayed(updates, params, step, layers):
+        rate, exempt = value(weight_decay, step), matching(params, no_decay)
+        return jax.tree.map(lambda u, p, e: u if e else u + rate * p, updates, params, exempt)
+
+    return stateless(decayed)
 
 
 class Moments(NamedTuple):
@@ -234,85 +299,67 @@ def uncorrected_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTran
     return optax.GradientTransformation(init, update)
 
 
-def trusted(trust: float, no_trust: str) -> optax.GradientTransformation:
-    """Scale every update to `trust` times the norm of its param, but those matching `no_trust`.
-
-    Params stacked for a scan are scaled layer by layer, as if they were not stacked.
-    """
+def trusted(trust: float, no_trust: str) -> optax.GradientTransformationExtraArgs:
+    """Scale every update to `trust` times the norm of its param, but those matching `no_trust`."""
     scale = optax.scale_by_trust_ratio(trust_coefficient=trust)
 
-    def scaled(update: Array, param: Array) -> Array:
+    def ratio(update: Array, param: Array) -> Array:
         return scale.update(update, optax.EmptyState(), param)[0]
 
-    def leaf(update: Array, param: Array, on: bool, stacked: bool) -> Array:
-        if not on:
-            return update
-        return (jax.vmap(scaled) if stacked else scaled)(update, param)
+    def scaled(updates, params, step, layers):
+        return each(ratio, matching(params, no_trust), layers, updates, params)
 
-    def init(params: Params) -> Tree:
-        spared(params, no_trust, "no_trust")  # a bad pattern fails here, before any step
-        return optax.EmptyState()
-
-    def update(updates: Tree, state: Tree, params: Params) -> tuple[Tree, Tree]:
-        on, stacked = spared(params, no_trust, "no_trust"), matching(params, STACKED)
-        return jax.tree.map(leaf, updates, params, on, stacked), state
-
-    return optax.GradientTransformation(init, update)
-
-
-class Count(NamedTuple):
-    """Steps taken so far."""
-
-    count: Array
+    return stateless(scaled)
 
 
 def clipped(
-    learning_rate: Schedule, trust: float, weight_decay: float, plain: str
-) -> optax.GradientTransformation:
+    learning_rate: Schedule, trust: float, weight_decay: float | Schedule, plain: str
+) -> optax.GradientTransformationExtraArgs:
     """The decayed gradient times its array's rate, see ClippedLARS."""
 
-    def scaled(grad: Array, param: Array, rate: Array) -> Array:
-        size, slope = jnp.linalg.norm(param), jnp.linalg.norm(grad)
-        ratio = trust * size / (slope + weight_decay * size + 1e-8) / rate  # their epsilon
-        both = (size > 0) & (slope > 0)
-        return jnp.where(both, jnp.minimum(ratio, 1) * (grad + weight_decay * param), grad)
+    def scaled(grads, params, step, layers):
+        rate, decay = learning_rate(step), value(weight_decay, step)
 
-    def leaf(grad: Array, param: Array, on: bool, stacked: bool, rate: Array) -> Array:
-        if not on:
-            return grad
-        flat = (len(param), -1) if stacked else (1, -1)
-        rows = (grad.reshape(flat), param.reshape(flat))
-        return jax.vmap(lambda g, p: scaled(g, p, rate))(*rows).reshape(param.shape)
+        def one(grad: Array, param: Array) -> Array:
+            size, slope = jnp.linalg.norm(param.ravel()), jnp.linalg.norm(grad.ravel())
+            ratio = trust * size / (slope + decay * size + 1e-8) / rate  # their epsilon
+            both = (size > 0) & (slope > 0)
+            return jnp.where(both, jnp.minimum(ratio, 1) * (grad + decay * param), grad)
 
-    def init(params: Params) -> Tree:
-        spared(params, plain, "plain")
-        return Count(jnp.int32(0))
+        return each(one, matching(params, plain), layers, grads, params)
 
-    def update(updates: Tree, state: Count, params: Params) -> tuple[Tree, Tree]:
-        on, stacked = spared(params, plain, "plain"), matching(params, STACKED)
-        rate = learning_rate(state.count)
-        moved = jax.tree.map(lambda *of: leaf(*of, rate), updates, params, on, stacked)
-        return moved, Count(state.count + 1)
+    return stateless(scaled)
 
-    return optax.GradientTransformation(init, update)
+
+def each(
+    function: Callable[..., Array], exempt: Tree, layers: Tree, updates: Tree, *others: Tree
+) -> Tree:
+    """`function` of each array that is not exempt; of stacked ones, of each layer."""
+
+    def applied(exempt: bool, axis: int, *arrays: Array) -> Array:
+        if exempt:
+            return arrays[0]
+        return function(*arrays) if axis < 0 else jax.vmap(function, axis, axis)(*arrays)
+
+    return jax.tree.map(applied, exempt, layers, updates, *others)
 
 
 # ---- which params ----
 
 
-def spared(params: Params, pattern: str, field: str) -> Tree:
-    """False for every param whose path matches `pattern`, the optimizer's `field`.
+def matched(params: Params, pattern: str, field: str) -> Tree:
+    """True for every param whose path matches `pattern`, an optimizer's `field`.
 
-    Raises ValueError when it matches no path at all: a mask that does nothing is a bug.
+    Raises ValueError when it matches no path at all; the empty pattern may.
     """
-    exempt = matching(params, pattern)
-    if pattern and not any(jax.tree.leaves(exempt)):
+    matches = matching(params, pattern)
+    if pattern and not any(jax.tree.leaves(matches)):
         paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
         raise ValueError(
             f"{field}={pattern!r} matches none of the {len(paths)} params, such as {paths[0]}: "
-            f"correct the pattern, or use {field}='' to exempt none."
+            f"correct the pattern, or use {field}='' to match none."
         )
-    return jax.tree.map(lambda e: not e, exempt)
+    return matches
 
 
 # ---- scaling rules ----
@@ -321,11 +368,3 @@ def spared(params: Params, pattern: str, field: str) -> Tree:
 def scaled(base: float, batch_size: int, per: int = 256) -> float:
     """The linear scaling rule (arXiv:1706.02677): `base` holds for a batch of `per`."""
     return base * batch_size / per
-
-
-def root_scaled(base: float, batch_size: int, per: int = 256) -> float:
-    """The square-root rule (arXiv:1404.5997): `base` holds for a batch of `per`.
-
-    SimCLR's .075 sqrt(batch) (arXiv:2002.05709, B.1) has `per=1`.
-    """
-    return base * math.sqrt(batch_size / per)

@@ -73,5 +73,27 @@ class Warmup:
         return jnp.where(step < self.steps, rise, self.then(jnp.maximum(step - self.steps, 0)))
 
 
+@dataclass(frozen=True)
+class After:
+    """Zero for the first `steps` steps, then the value that `then` has at the same step."""
+
+    steps: int
+    then: Schedule
+
+    def __call__(self, step: Array | int) -> Array:
+        return jnp.where(jnp.asarray(step) < self.steps, 0.0, self.then(step))
+
+
+@dataclass(frozen=True)
+class Times:
+    """A multiple of another schedule, such as the learning rate of a new head."""
+
+    factor: float
+    schedule: Schedule
+
+    def __call__(self, step: Array | int) -> Array:
+        return self.factor * self.schedule(step)
+
+
 def _share(step: Array | int, steps: int) -> Array:
     return jnp.clip(jnp.asarray(step, jnp.float32) / max(steps, 1), 0.0, 1.0)

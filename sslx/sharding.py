@@ -1,4 +1,4 @@
-"""Where every array lives: one mesh, one table from logical axes to mesh axes."""
+"""The mesh of devices, and how arrays are sharded over it by their logical axes."""
 
 import math
 from collections.abc import Sequence
@@ -127,7 +127,7 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def ways(mesh: jax.sharding.Mesh) -> int:
-    """How many parts of a batch there are."""
+    """The number of parts that a batch is cut into."""
     return mesh.shape["replica"] * mesh.shape["fsdp"]
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: remembered until a step is over."""
+"""Handling of SIGTERM and Ctrl-C between two steps."""
 
 import signal
 import threading

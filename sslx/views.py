@@ -24,23 +24,23 @@ CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
 @dataclass(frozen=True)
-class Views:
-    """What the objective sees in training, and what the probes see."""
-
-    train: View
-    eval: View
-
-
-@dataclass(frozen=True)
 class Chain:
-    """Views in order, each with a key of its own."""
+    """Views in order, each with a key of its own; without links a batch stays as it is."""
 
-    links: tuple[View, ...]
+    links: tuple[View, ...] = ()
 
     def __call__(self, key: Array, batch: Batch) -> Batch:
         for i, link in enumerate(self.links):
             batch = link(jax.random.fold_in(key, i), batch)
         return batch
+
+
+@dataclass(frozen=True)
+class Views:
+    """The view that trains and the view that is evaluated; `Views()` changes nothing."""
+
+    train: View = Chain()
+    eval: View = Chain()
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,13 @@ class MultiCrop:
     def __call__(self, key: Array, batch: Batch) -> Batch:
         local = self.part(jax.random.fold_in(key, 1), batch)["image"]
         return {**self.whole(jax.random.fold_in(key, 0), batch), "local": local}
+
+
+def statistics(view: View) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The (mean, std) that a view normalizes pictures by, None where it does not."""
+    links = view.links if isinstance(view, Chain) else (view,)
+    pairs = [(link.mean, link.std) for link in links if isinstance(link, Normalize)]
+    return pairs[0] if pairs else None
 
 
 # ---- where to look ----
@@ -363,26 +370,6 @@ def cifar_asymmetric(
     return Views(Stack((one, other)), Chain((CenterCrop(size), normalize)))
 
 
-def dinov2(size: int = 224, local: int = 96, count: int = 8, share: float = 224 / 256) -> Views:
-    """DINOv2's multi-crop (arXiv:2304.07193): two unlike whole views, `count` small ones.
-
-    Of `augmentations.py` and `ssl_default_config.yaml`: torchvision's jitter, and its blur by 9 x 9
-    pixels at every size.
-    """
-    jitter, normalize = _torchvision(0.4, 0.4, 0.2, 0.1), Normalize(*IMAGENET)
-
-    def chain(crop: RandomResizedCrop, blur: float, *last: View) -> Chain:
-        blurred = Blur(9, blur, padding="reflect")
-        return Chain((crop, Flip(), jitter, Grayscale(), blurred, *last, normalize))
-
-    whole = RandomResizedCrop(size, scale=(0.32, 1.0))
-    part = chain(RandomResizedCrop(local, scale=(0.05, 0.32)), 0.5)
-    views = Stack((chain(whole, 1.0), chain(whole, 0.1, Solarize(0.2))))
-    return Views(
-        MultiCrop(views, Stack((part,) * count)), Chain((CenterCrop(size, share), normalize))
-    )
-
-
 def digits(
     size: int = 8,
     scale: tuple[float, float] = (0.5, 1.0),
@@ -396,7 +383,7 @@ def digits(
 
 
 def _torchvision(brightness: float, contrast: float, saturation: float, hue: float) -> ColorJitter:
-    """Its `ColorJitter`, applied with probability 0.8 as every method has it."""
+    """torchvision's `ColorJitter`, applied with probability 0.8 as in every method."""
     return ColorJitter(
         Factor(ops.brightness, brightness),
         Factor(ops.contrast, contrast),

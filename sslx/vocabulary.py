@@ -1,4 +1,4 @@
-"""Token ids: how many, which are special. Imports nothing of ours, so data workers stay light."""
+"""Vocabularies: the number of token ids, and which are special."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ ROBERTA = Vocabulary(50_265, pad=1, unknown=3, start=0, end=2, mask=50_264)
 
 @dataclass(frozen=True)
 class Continuations:
-    """Which ids go on with the word before them; printed and compared by number and digest."""
+    """Which ids continue a word; printed and compared by their number and digest."""
 
     count: int
     digest: str
@@ -55,8 +55,11 @@ class Continuations:
         """Of a `tokenizer.json`: WordPiece marks what continues a word, byte-level BPE (and
         SentencePiece) what begins one.
         """
-        said = json.loads(Path(tokenizer).read_text(encoding="utf-8"))
-        model, special = said["model"], {word["id"] for word in said.get("added_tokens", ())}
+        described = json.loads(Path(tokenizer).read_text(encoding="utf-8"))
+        model, special = (
+            described["model"],
+            {word["id"] for word in described.get("added_tokens", ())},
+        )
         words = model["vocab"]
         words = {w: i for i, (w, _) in enumerate(words)} if isinstance(words, list) else words
         prefix = model.get("continuing_subword_prefix") if model["type"] == "WordPiece" else None

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from sslx import train
+from sslx import engine
+from sslx import state as states
 from sslx.config import Config
 from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
-from sslx.data.sources import digits
+from sslx.data.uri import digits
 from sslx.models import heads
+from sslx.models.encoder import Encoder, Signature
 from sslx.models.heads import Siamese
 from sslx.models.text import BERT_FORM, MaskedLM, TextEncoder
 from sslx.models.vit import ViT, vit
@@ -32,12 +34,10 @@ from sslx.ops.trees import path_of
 from sslx.optim import AdamW, Optimizer
 from sslx.schedules import Constant, Cosine
 from sslx.sharding import Mesh, batch_sharding
-from sslx.views import Chain, Views
 from sslx.vocabulary import Vocabulary
 
 BATCH = 16
 WORDS = Vocabulary(96)
-AS_IT_IS = Chain(())
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,9 @@ def documents_of_others(batch: dict) -> dict:
     return {**batch, "tokens": np.where(second, np.roll(batch["tokens"], 1, 0), batch["tokens"])}
 
 
-def single(batch: dict) -> np.ndarray:
-    """What an encoder reads: tokens, the image, or its first view."""
-    if "tokens" in batch:
-        return batch["tokens"]
-    return batch["image"] if batch["image"].ndim == 4 else batch["image"][:, 0]
+def one_view(batch: dict) -> dict:
+    """What an encoder reads: the batch, or the first view of its pictures."""
+    return {name: x[:, 0] if x.ndim == 5 else x for name, x in batch.items()}
 
 
 def views_swapped(batch: dict) -> dict:
@@ -140,39 +138,30 @@ def examples_reversed(batch: dict) -> dict:
 
 
 class OneMask(MAE):
-    """MAE that hides the same patches of every example: what is left is a mean over examples."""
+    """MAE that always hides the same patches: what is left is a mean over examples."""
 
     def mask(self, key, image):
-        order, keep = super().mask(key, image[:1])
+        order, keep = super().mask(jax.random.key(0), image[:1])
         return tuple(jnp.broadcast_to(x, (len(image), x.shape[1])) for x in (order, keep))
 
 
 class OneMaskOfText(MLM):
-    """MLM that hides the same places of every example, and all of them behind the mask."""
+    """MLM that always hides the same places, and predicts there what is no multiple of 3: a mean
+    over another number of tokens in each example."""
 
     def mask(self, key, tokens, segments):
-        _, places, weight = super().mask(key, tokens[:1], segments[:1])
+        _, places, weight = super().mask(jax.random.key(0), tokens[:1], segments[:1])
         hidden = jnp.zeros(tokens.shape[1], bool).at[places[0]].set(weight[0] > 0)
         masked = jnp.where(hidden, WORDS.mask, tokens)
-        return masked, *(jnp.broadcast_to(x, (len(tokens), x.shape[1])) for x in (places, weight))
-
-
-class Projector(nn.Module):
-    """One token: a linear map of all pixels."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, x, train: bool = False):
-        x = x.reshape(len(x), 1, -1)
-        return x @ self.param("w", nn.initializers.normal(), (x.shape[-1], self.width))
+        places, weight = (jnp.broadcast_to(x, (len(tokens), x.shape[1])) for x in (places, weight))
+        return masked, places, weight * (jnp.take_along_axis(tokens, places, 1) % 3 > 0)
 
 
 class Convolved(nn.Module):
     """The smallest encoder with BatchNorm: one convolution, tokens [B, 16, D] of 8 x 8 pixels."""
 
     width: int = 16
-    prefix: ClassVar[int] = 0
+    signature: ClassVar[Signature] = Signature(("image",))
 
     @nn.compact
     def __call__(self, x, train: bool = False):
@@ -209,10 +198,18 @@ class Follow(Objective):
 
     def update(self, params, buffers, step):
         mix = lambda slow, w: self.tau * slow + (1 - self.tau) * w  # noqa: E731
-        return {**buffers, "target": jax.tree.map(mix, buffers["target"], params)}
+        return params, {**buffers, "target": jax.tree.map(mix, buffers["target"], params)}
 
-    def backbone(self, params, buffers):
-        return Projector(self.width), {"params": params}
+    def coupling(self, buffers):
+        return "pixels are centered by the mean of the whole batch" if self.share else ""
+
+    def encoders(self, params, buffers):
+        return {"encoder": Encoder({"params": params}, project, Signature(("image",)))}
+
+
+def project(variables, image):
+    """An encoder that is a plain function: one token, the projected pixels."""
+    return (image.reshape(len(image), -1) @ variables["params"]["w"])[:, None]
 
 
 # ---- the table ----
@@ -226,7 +223,8 @@ DECAY = Cosine(0.9, 1.0, 10)
 BERT = TextEncoder(WORDS, 32, 2, 4, length=WINDOW)
 LANGUAGE = MLM(MaskedLM(BERT), Masking(most=4))
 STILL = dataclasses.replace(BERT_FORM, dropout=0.0, attention_dropout=0.0)
-SAME = OneMaskOfText(MaskedLM(BERT.clone(form=STILL)), LANGUAGE.masking)
+# Without epsilon, which counts once in each micro-batch.
+SAME = OneMaskOfText(MaskedLM(BERT.clone(form=STILL)), LANGUAGE.masking, epsilon=0.0)
 
 # The net is one batch of 2 B, and the loss a mean over anchors: only pairs count.
 CONTRASTED = {
@@ -331,7 +329,7 @@ class Record(Optimizer):
     def init(self, params):
         return jax.tree.map(jnp.zeros_like, params)
 
-    def update(self, grads, opt_state, params):
+    def update(self, grads, opt_state, params, axes=None):
         return jax.tree.map(lambda g: -self.learning_rate(0) * g, grads), grads
 
 
@@ -340,7 +338,7 @@ def config_of(row: Row, **fields) -> Config:
     optimizer = AdamW(Constant(row.rate), no_decay="")
     fields = {"optimizer": optimizer, "steps": 3, "batch_size": BATCH} | fields
     data = Given(digits("train"), Image(8, channels=1), batch=row.batch)
-    return Config(row.objective, data, Views(AS_IT_IS, AS_IT_IS), **fields)
+    return Config(row.objective, data, **fields)
 
 
 def moving(name: str, tree):
@@ -367,8 +365,8 @@ def one_step(name: str, *shape: int):
     """(state before, state after, metrics) of one recorded step of a row on a mesh."""
     row, mesh = ROWS[name], mesh_of(*shape)
     config = config_of(row, optimizer=Record())
-    state = train.fresh_state(config, mesh)
+    state = states.fresh_state(config, mesh)
     before = jax.device_get(replace(state, key=jax.random.key_data(state.key)))
     with jax.set_mesh(mesh):
         batch = placed(row.batch(0), mesh)
-        return before, *train.jitted_step(config, mesh)(state, batch)
+        return before, *engine.jitted_step(config, mesh)(state, batch)

@@ -486,8 +486,9 @@ def test_a_full_disk_stops_nothing(small_disk, caplog):
     checkpoints.save(3, big)
     checkpoints.wait()
     assert checkpoints.steps() == [1]
-    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
-    assert len(errors) == 2 and {r.name for r in caplog.records} == {"sslx"}
+    ours = [r for r in caplog.records if r.name == "sslx"]  # orbax says it too, at length
+    errors = [r.getMessage() for r in ours if r.levelno == logging.ERROR]
+    assert len(errors) == len(ours) == 2
     assert "checkpoint of step 2 is lost (" in errors[0] and "o space left" in errors[0]
     assert "the newest good one is step 1; the run goes on" in errors[0]
     assert not [p for p in (small_disk / "run").iterdir() if p.name != "1"]

@@ -66,7 +66,7 @@ def test_tensorboard_reads_what_was_written(probed):
 
 def read_events(path):
     """The records of a TensorBoard file: length, its checksum, data, its checksum."""
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboard.compat.proto.event_pb2 import Event
 
     data = path.read_bytes()
     while data:
@@ -199,7 +199,10 @@ def test_what_is_exported_is_imported_and_goes_on(probed, tmp_path, capfd):
     knn = json.loads((probed / "evals.json").read_text())["step 20"]["knn/top1"]
     assert "step 20" in card and f"| knn/top1 | {knn:.6g} |" in card and "batch_size = 16" in card
 
-    assert sslx("import", out, run, "--recipe", TINY, "steps=5", "objective.encoder.width=8") == 0
+    other = ("--recipe", TINY, "steps=5", "objective.encoder.width=8")
+    assert sslx("import", out, run, *other) == 1 and not run.exists()
+    assert f"[16, 16] in {out} and [8, 16] in this run" in said(capfd)
+    assert sslx("import", out, run, "--recipe", TINY, "steps=5") == 0
     trained, imported = load(probed / "checkpoints"), load(run / "checkpoints")
     assert digest(imported["params"]) == digest(trained["params"]) and imported["step"] == 0
     assert sslx("import", out, run, "--recipe", TINY) == 1

@@ -18,17 +18,18 @@ from sslx.checkpoint import Retention
 from sslx.config import (
     Alarm,
     ConfigError,
-    Recipe,
+    Eval,
     difference,
     lines,
-    load,
     override,
     parse,
     printed,
 )
 from sslx.models.vit import vit
+from sslx.recipes import Recipe, load
 from sslx.schedules import Constant, Warmup
 from sslx.sharding import Mesh
+from sslx.start import Start
 
 REPO = Path(__file__).parents[1]
 RECIPES = sorted((REPO / "configs").glob("*.py"))
@@ -268,13 +269,10 @@ def test_recipe_without_config(tmp_path):
 CONFIG = config_of(ROWS["MAE"])
 
 
-class Silent:
+class Silent(Eval):
     """An eval without numbers."""
 
-    def check(self):
-        pass
-
-    def __call__(self, objective, params, buffers, views, sharding=None):
+    def __call__(self, objective, params, buffers, views, sharding=None, progress=None):
         yield from ()
 
 
@@ -292,6 +290,7 @@ LAW = {
     "batch_size": 32,
     "accumulate": 2,
     "seed": 1,
+    "start": Start("runs/other"),
     "nonfinite": "skip",
     "objective": replace(CONFIG.objective, ratio=0.5),
     "optimizer": replace(CONFIG.optimizer, b2=0.95),

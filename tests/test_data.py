@@ -9,15 +9,18 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from sslx.data import sources
+from sslx.data import uri as uris
+from sslx.data.formats.arrayrecord import write_arrayrecord
+from sslx.data.formats.arrays import arrays
 from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
-from sslx.data.sources import DataError
+from sslx.data.source import DataError
 
 N = 23  # records of the small set below: no batch size used here divides it
 
@@ -156,28 +159,126 @@ def test_epoch_visits_every_record_once(small, batch_size, hosts):
 
 
 @pytest.mark.parametrize("close", ["close", "forget"])
-def test_program_without_main_guard_keeps_its_workers_and_its_main(small, tmp_path, close):
-    """Spawned workers neither run the program again nor outlive it, and nothing is warned of."""
+def test_a_program_keeps_its_main_and_leaves_nothing_behind(small, tmp_path, close):
+    """Workers end with the program, its __main__ is as it was, and nothing is warned of."""
     program = tmp_path / "program.py"
     program.write_text(
         "import multiprocessing, sys\n"
         "from sslx.data.pipeline import Pipeline\n"
         "from sslx.data.image import Image\n"
         "class Dark(Image):\n"
-        "    def __call__(self, record):\n"
-        "        example = super().__call__(record)\n"
+        "    def __call__(self, record, rng):\n"
+        "        example = super().__call__(record, rng)\n"
         "        return example | {'image': example['image'] // 2}\n"
-        f"it = Pipeline({small!r}, Dark(8), workers=2).batches(0, 4)\n"
-        "images = [next(it)['image'] for _ in range(3)]\n"
-        "assert len(multiprocessing.active_children()) == 2\n"
-        "if 'close' in sys.argv: it.close(); assert not multiprocessing.active_children()\n"
-        "print('ran', max(x.max() for x in images) < 128, __file__[-10:])\n"
+        "if __name__ == '__main__':\n"
+        "    main = dict(vars(sys.modules['__main__']))\n"
+        f"    it = Pipeline({small!r}, Dark(8), workers=2).batches(0, 4)\n"
+        "    images = [next(it)['image'] for _ in range(3)]\n"
+        "    assert len(multiprocessing.active_children()) == 2\n"
+        "    assert main.items() <= vars(sys.modules['__main__']).items()\n"
+        "    if 'close' in sys.argv: it.close(); assert not multiprocessing.active_children()\n"
+        "    print('ran', max(x.max() for x in images) < 128, __file__[-10:])\n"
     )
     before = set(os.listdir("/dev/shm"))
     command = [sys.executable, "-W", "error", program, close]
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "ran True program.py\n", "")
     assert set(os.listdir("/dev/shm")) <= before
+
+
+# Random decoders and arrays
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """A decoder that draws: the record's first pixel, and a random number."""
+
+    reads = ("image",)
+
+    @property
+    def shapes(self):
+        return {"pixel": ((), np.int32), "noise": ((), np.float32)}
+
+    def __call__(self, record, rng):
+        pixel = Image(8)(record)["image"][0, 0, 0]
+        return {"pixel": np.int32(pixel), "noise": np.float32(rng.random())}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_decoder_s_random_numbers_are_those_of_seed_step_and_row(small, workers):
+    """(seed, step * batch_size + row) keys Philox; hosts, workers and restarts do not matter."""
+    pipeline = Pipeline(small, Noisy(), workers=workers)
+    whole = take(pipeline.batches(seed=3, batch_size=8), 6)
+    for step, batch in enumerate(whole):
+        for row, noise in enumerate(batch["noise"]):
+            key = np.array([3, step * 8 + row], np.uint64)
+            rng = np.random.Generator(np.random.Philox(key=key))
+            assert noise == np.float32(rng.random())
+    shares = [take(pipeline.batches(3, 8, start=2, host=h, hosts=2), 4) for h in range(2)]
+    for k, batch in enumerate(whole[2:]):
+        for name, x in batch.items():
+            joined = np.concatenate([share[k][name] for share in shares])
+            np.testing.assert_array_equal(joined, x)
+
+
+def test_arrays_are_a_source_like_any_other():
+    x = np.random.default_rng(0).normal(size=(50, 4))
+    y = np.arange(50)
+    source = arrays(spectrum=x, label=y)
+    pipeline = Pipeline(source)
+    assert pipeline.shapes(8) == {"spectrum": ((8, 4), np.float32)}
+    batches = take(pipeline.batches(1, 10), 12)
+    assert all(batch.keys() == {"spectrum"} for batch in batches)
+    rows = np.concatenate([batch["spectrum"] for batch in batches[:5]])
+    np.testing.assert_array_equal(np.sort(rows, 0), np.sort(x.astype(np.float32), 0))
+    slow = Pipeline(source, OneByOne())  # the same order as decoding one by one
+    for fast, other in zip(batches, take(slow.batches(1, 10), 12), strict=True):
+        np.testing.assert_array_equal(fast["spectrum"], other["spectrum"])
+    *_, last = pipeline.epoch(16)
+    assert last["valid"].tolist() == [True] * 2 + [False] * 14
+    labels = np.concatenate([b["label"][b["valid"]] for b in pipeline.epoch(16)])
+    assert labels.tolist() == y.tolist() and labels.dtype == np.int32
+    mixed = Pipeline(((source, 1.0), (arrays(spectrum=x[:7]), 1.0)))
+    assert next(mixed.batches(0, 4))["spectrum"].shape == (4, 4)
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """A decoder that gives back the spectrum of a record."""
+
+    reads = ("spectrum",)
+
+    @property
+    def shapes(self):
+        return {"spectrum": ((4,), np.float32)}
+
+    def __call__(self, record, rng):
+        return {"spectrum": record["spectrum"]}
+
+
+def test_arrays_are_values():
+    x = np.ones((3, 2), np.float32)
+    source = arrays(spectrum=x)
+    assert source == arrays(spectrum=x.copy()) and hash(source) == hash(arrays(spectrum=x))
+    assert source != arrays(spectrum=x + 1) and "float32[3, 2]" in repr(source)
+    assert pickle.loads(pickle.dumps(source)) == source
+    for columns, words in (
+        ({}, "at least one array"),
+        ({"label": [1]}, "at least one array"),
+        ({"a": x, "b": x[:2]}, "different lengths"),
+        ({"a": np.array(["x"])}, "numbers with the example"),
+        ({"a": 3.0}, "numbers with the example"),
+        ({"a": x, "label": [0.5, 1, 2]}, "one whole number each"),
+        ({"a": np.array([2**40])}, "more than 32 bits"),
+        ({"name": x}, "uses itself"),
+    ):
+        with pytest.raises(DataError, match=words):
+            arrays(**columns)
+
+
+def test_encoded_records_need_a_decoder(small):
+    with pytest.raises(DataError, match="give the pipeline a decoder, such as Image"):
+        Pipeline(small).shapes(4)
 
 
 # Corrupt records
@@ -284,8 +385,8 @@ def test_all_sources_agree(tmp_path):
     write_parquet(tmp_path / "0.parquet", images[:4], labels[:4], row_group_size=3)
     write_parquet(tmp_path / "1.parquet", images[4:], labels[4:], row_group_size=3)
     write_tfds(tmp_path, images, labels)
-    table = sources.parquet(f"{tmp_path}/*.parquet")
-    assert sources.write_arrayrecord(table, f"{tmp_path}/a", shards=2) == [
+    table = uris.parquet(f"{tmp_path}/*.parquet")
+    assert write_arrayrecord(table, f"{tmp_path}/a", shards=2) == [
         f"{tmp_path}/a-00000-of-00002",
         f"{tmp_path}/a-00001-of-00002",
     ]
@@ -296,7 +397,7 @@ def test_all_sources_agree(tmp_path):
         f"tfds:tiny:train?data_dir={tmp_path}",
         f"tfds:{tmp_path}/tiny/1.0.0:train",
     ):
-        source = sources.open(uri)
+        source = uris.open_uri(uri)
         assert len(source) == 9
         assert [source[i]["image"] for i in range(9)] == images, uri
         assert [source[i]["label"] for i in range(9)] == labels, uri
@@ -308,7 +409,7 @@ def test_all_sources_agree(tmp_path):
         assert source.records(backwards) == [source[i] for i in backwards]
         with pytest.raises(IndexError):
             source[9]
-    assert sources.open(f"folder:{tmp_path}/folder").classes == ["a", "b", "c"]
+    assert uris.open_uri(f"folder:{tmp_path}/folder").classes == ["a", "b", "c"]
 
 
 def test_plain_bytes_flat_folders_and_raw_records(tmp_path):
@@ -326,32 +427,32 @@ def test_plain_bytes_flat_folders_and_raw_records(tmp_path):
     file.close()
     for uri in ("parquet:plain.parquet", "folder:flat", "arrayrecord:raw.array_record"):
         scheme, name = uri.split(":")
-        source = sources.open(f"{scheme}:{tmp_path}/{name}")
+        source = uris.open_uri(f"{scheme}:{tmp_path}/{name}")
         assert len(source) == 1 and source[0]["image"] == image and "label" not in source[0]
 
 
 def test_paths_are_relative_or_of_the_home(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(sources.open("parquet:small.parquet")) == len(sources.open("parquet:~/s*")) == N
+    assert len(uris.open_uri("parquet:small.parquet")) == len(uris.open_uri("parquet:~/s*")) == N
 
 
 def test_digits_are_the_sklearn_digits():
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    train, test = sources.open("digits:train"), sources.open("digits:test")
-    assert (len(train), len(test), len(sources.digits())) == (1437, 360, 1797)
+    train, test = uris.open_uri("digits:train"), uris.open_uri("digits:test")
+    assert (len(train), len(test), len(uris.digits())) == (1437, 360, 1797)
     assert train[0]["image"].shape == (8, 8, 1) and train[0]["image"].dtype == np.uint8
     assert np.abs(test[0]["image"][..., 0] / 255 - digits.images[1437] / 16).max() < 0.5 / 255
     assert test[0]["label"] == digits.target[1437]
     with pytest.raises(DataError, match="train, test"):
-        sources.open("digits:valid")
+        uris.open_uri("digits:valid")
 
 
 def test_row_groups_are_kept_within_bounds(small, monkeypatch, caplog):
-    monkeypatch.setattr(sources, "RESIDENT", 1)
-    source = sources.open(small)
+    monkeypatch.setattr("sslx.data.formats.parquet.RESIDENT", 1)
+    source = uris.open_uri(small)
     assert [source[i]["label"] for i in range(N)] == list(range(N))
     assert source.read.cache_info().maxsize == 2 and source.read.cache_info().misses == 5
     assert "write_arrayrecord" in caplog.text
@@ -403,7 +504,7 @@ def test_labels_that_are_not_there_are_refused(tmp_path):
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match="pip install scikit-learn"):
-        sources.open("digits:")
+        uris.open_uri("digits:")
 
 
 # Decoding
@@ -521,7 +622,7 @@ def test_workers_stay_light(small):
     program = (
         "import sys\n"
         "def loaded(): return [m for m in ('jax', 'tensorflow', 'torch') if m in sys.modules]\n"
-        "import sslx.data.sources\n"
+        "import sslx.data.uri\n"
         "heavy = ('grain', 'PIL', 'pyarrow', 'sklearn', 'tensorflow_datasets', 'array_record')\n"
         "assert not [m for m in heavy if m in sys.modules]\n"
         "from sslx.data.pipeline import Pipeline\n"

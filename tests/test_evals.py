@@ -12,8 +12,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx import sharding
-from sslx.evals import KNN, Features, Health, Linear, Pixels, Probes, extract, features, health, knn
+from sslx.evals import KNN, Features, Health, LinearProbe, Probes, extract, features, health, knn
 from sslx.evals.linear import score
+from sslx.models.encoder import Encoder, Floor, Signature, encoder
+from sslx.objectives.base import Objective
+from sslx.ops.image import thumbnail
+from sslx.views import Views
 
 
 def blobs(n, D=16, classes=5, noise=2.0, seed=0):
@@ -117,8 +121,8 @@ def sgd(train, rate, batches, classes):
 
 def test_linear_is_plain_sgd():
     train, rates = blobs(130), (0.01, 0.3)
-    linear = Linear(rates, epochs=3, batch_size=32, seed=5)
-    heads = linear.fit(train, rates, 5)
+    linear = LinearProbe(rates, epochs=3, batch_size=32, seed=5)
+    heads = linear.fit(train, rates, 5, linear.epochs)
     batches = []
     for e in range(3):
         order = jax.random.permutation(jax.random.fold_in(jax.random.key(5), e), 130)
@@ -131,11 +135,11 @@ def test_linear_is_plain_sgd():
 
 def test_a_sweep_is_each_rate_alone():
     train, test = blobs(300, seed=1), blobs(200, seed=2)
-    linear = Linear(epochs=5, batch_size=64)
+    linear = LinearProbe(epochs=5, batch_size=64)
     assert features.local_mesh(len(linear.learning_rates)).size == 8
-    together = linear.fit(train, linear.learning_rates, 5)
+    together = linear.fit(train, linear.learning_rates, 5, linear.epochs)
     for r, rate in enumerate(linear.learning_rates):
-        alone = linear.fit(train, (rate,), 5)
+        alone = linear.fit(train, (rate,), 5, linear.epochs)
         np.testing.assert_allclose(together["w"][r], alone["w"][0], atol=1e-4, rtol=1e-4)
         assert score(alone, test)[0] == score(together, test)[0][r]
 
@@ -148,14 +152,14 @@ def test_linear_reaches_scikit_learn():
     scaler = StandardScaler().fit(train.x)
     model = LogisticRegression(max_iter=1000).fit(scaler.transform(train.x), train.label)
     expected = model.score(scaler.transform(test.x), test.label)
-    found = dict(Linear()(train, test))
+    found = dict(LinearProbe()(train, test))
     assert found["linear/top1"] > expected - 0.015
-    assert found == dict(Linear()(train, test))  # deterministic
+    assert found == dict(LinearProbe()(train, test))  # deterministic
 
 
 def test_test_labels_do_not_choose_the_rate():
     train, test = blobs(300, seed=1), blobs(200, seed=2)
-    linear = Linear((0.001, 0.1), epochs=5, batch_size=64)
+    linear = LinearProbe((0.001, 0.1), epochs=5, batch_size=64)
     shuffled = Features(test.x, np.random.default_rng(0).permutation(test.label))
     honest, other = dict(linear(train, test)), dict(linear(train, shuffled))
     assert honest["linear/learning_rate"] == other["linear/learning_rate"]
@@ -163,16 +167,16 @@ def test_test_labels_do_not_choose_the_rate():
 
 
 def test_linear_chooses_by_held_out_rows():
-    assert Linear((1e-9, 0.1), epochs=5).select(blobs(300)) == 0.1
-    assert Linear((0.1, 1e-9), epochs=5).select(blobs(300)) == 0.1
+    assert LinearProbe((1e-9, 0.1), epochs=5).select(blobs(300)) == 0.1
+    assert LinearProbe((0.1, 1e-9), epochs=5).select(blobs(300)) == 0.1
 
 
 def test_linear_takes_a_missing_class_and_refuses_none_held_out():
     train, test = blobs(300, seed=1), blobs(200, seed=2)
     few = Features(train.x[train.label < 3], train.label[train.label < 3])
-    assert 0.1 < dict(Linear((0.01, 0.1), epochs=5)(few, test))["linear/top1"] < 0.7
+    assert 0.1 < dict(LinearProbe((0.01, 0.1), epochs=5)(few, test))["linear/top1"] < 0.7
     with pytest.raises(ValueError, match="give more examples"):
-        Linear().select(blobs(1))
+        LinearProbe().select(blobs(1))
 
 
 # health ----------------------------------------------------------------------------------------
@@ -221,7 +225,7 @@ class Patches(nn.Module):
 
     width: int = 12
     dtype: jnp.dtype = jnp.float32
-    prefix: ClassVar[int] = 1
+    signature: ClassVar[Signature] = Signature(("image",), prefix=1)
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -245,10 +249,7 @@ class Scale:
         return {"image": x}
 
 
-@dataclass(frozen=True)
-class Views:
-    train: Scale = Scale(2)
-    eval: Scale = Scale()
+VIEWS = Views(Scale(2), Scale())
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,9 @@ class Set:
 
     def check(self):
         pass
+
+    def __len__(self):
+        return self.n
 
     def epoch(self, batch_size, host=0, hosts=1):
         rng = np.random.default_rng(self.seed)
@@ -283,18 +287,26 @@ def variables(module=None, seed=0):
     return (module or Patches()).init(jax.random.key(seed), jnp.zeros((1, 8, 8, 3)))
 
 
+def patches(params=None, **fields):
+    """Patches as an encoder."""
+    return encoder(Patches(**fields), params or variables())
+
+
+PIXELS = Encoder({}, Floor("pixels", thumbnail), Signature(("image",)))
+
+
 def test_extract_is_the_forward_pass_of_valid_rows():
     module, params, (batch,) = Patches(), variables(), Set(100).epoch(100)
     tokens = module.apply(params, batch["image"].astype(np.float32) / 255)
     for pool, expected in (("mean", tokens[:, 1:].mean(1)), ("first", tokens[:, 0])):
-        whole = extract(module, params, Scale(), Set(100).epoch(100), pool)
-        parts = extract(module, params, Scale(), Set(100).epoch(7), pool)
+        whole = extract(encoder(module, params), Scale(), Set(100).epoch(100), pool)
+        parts = extract(encoder(module, params), Scale(), Set(100).epoch(7), pool)
         assert whole.x.dtype == np.float32 and whole.label.dtype == np.int32
         np.testing.assert_allclose(whole.x, expected, atol=1e-6)
         np.testing.assert_allclose(whole.x, parts.x, atol=1e-6)
         np.testing.assert_array_equal(whole.label, batch["label"])
         np.testing.assert_array_equal(parts.label, batch["label"])
-    half = extract(replace(module, dtype=jnp.bfloat16), params, Scale(), Set(100).epoch(100))
+    half = extract(patches(params, dtype=jnp.bfloat16), Scale(), Set(100).epoch(100))
     assert half.x.dtype == np.float32
     np.testing.assert_allclose(half.x, tokens[:, 1:].mean(1), atol=0.02)
 
@@ -303,8 +315,8 @@ def test_extract_compiles_once():
     data = Set(50)
     early, late = variables(Patches(5), 0), variables(Patches(5), 1)
     traces.clear()
-    first = extract(Patches(5), early, Scale(), data.epoch(16))
-    second = extract(Patches(5), late, Scale(), data.epoch(16))
+    first = extract(patches(early, width=5), Scale(), data.epoch(16))
+    second = extract(patches(late, width=5), Scale(), data.epoch(16))
     assert traces == [(16, 8, 8, 3)]
     assert np.abs(first.x - second.x).max() > 0.01
 
@@ -313,72 +325,75 @@ def test_extract_compiles_once():
 def test_extract_on_eight_devices_is_that_of_one(tensor):
     mesh = sharding.Mesh(tensor=tensor).build()
     batch = sharding.batch_sharding(mesh)
-    alone = extract(Patches(), variables(), Scale(), Set(100).epoch(16))
+    alone = extract(patches(variables()), Scale(), Set(100).epoch(16))
     with jax.set_mesh(mesh):
         params = jax.device_put(variables(), NamedSharding(mesh, P()))
-        spread = extract(Patches(), params, Scale(), Set(100).epoch(16), sharding=batch)
+        spread = extract(patches(params), Scale(), Set(100).epoch(16), sharding=batch)
         np.testing.assert_allclose(spread.x, alone.x, atol=1e-6)
         np.testing.assert_array_equal(spread.label, alone.label)
         with jax.transfer_guard("disallow"):  # as the loop that calls it may have it
-            found = dict(PROBES(Objective(), params["params"], {}, Views(), batch))
-        odd = dict(replace(PROBES, batch_size=30).measure(Patches(), params, Views(), batch))
+            found = dict(PROBES(Probed(), params["params"], {}, VIEWS, batch))
+        odd = dict(replace(PROBES, batch_size=30).measure(patches(params), VIEWS, batch))
     assert found["knn/top1"] > 0.95
-    assert odd == dict(replace(PROBES, batch_size=32).measure(Patches(), params, Views(), batch))
+    assert odd == dict(replace(PROBES, batch_size=32).measure(patches(params), VIEWS, batch))
 
 
 def test_extract_names_what_is_wrong():
     params = variables()
-    with pytest.raises(ValueError, match="name a source with labels"):
-        extract(Patches(), params, Scale(), Set(9, labels="none").epoch(4))
-    unlabelled = extract(Patches(), params, Scale(), Set(40, labels="missing").epoch(8))
-    for probe in (KNN(), Linear()):
+    assert set(extract(patches(params), Scale(), Set(9, labels="none").epoch(4)).label) == {-1}
+    unlabelled = extract(patches(params), Scale(), Set(40, labels="missing").epoch(8))
+    for probe in (KNN(), LinearProbe()):
         with pytest.raises(ValueError, match="have no label"):
             list(probe(unlabelled, unlabelled))
     assert dict(Health()(unlabelled, unlabelled))
     with pytest.raises(ValueError, match="use pool='mean'"):
-        extract(Pixels(), {}, Scale(), Set(9).epoch(4), "first")
+        extract(PIXELS, Scale(), Set(9).epoch(4), "first")
     with pytest.raises(ValueError, match="is empty"):
-        extract(Pixels(), {}, Scale(), ())
+        extract(PIXELS, Scale(), ())
     with pytest.raises(ValueError, match="not finite in 9 of 9"):
-        extract(Patches(), jax.tree.map(lambda p: p * np.nan, params), Scale(), Set(9).epoch(4))
+        extract(patches(jax.tree.map(lambda p: p * np.nan, params)), Scale(), Set(9).epoch(4))
     with pytest.raises(ValueError, match="not finite in 1 of 3"):
         Features(np.array([[1.0], [np.inf], [0]], np.float32), np.zeros(3, np.int32))
 
 
-class Objective:
-    def backbone(self, params, buffers):
-        return Patches(), {"params": params, **buffers}
+class Probed(Objective):
+    """Nothing but its encoder."""
+
+    def init(self, key, batch):
+        raise NotImplementedError
+
+    def loss(self, params, buffers, batch, key, step):
+        raise NotImplementedError
+
+    def encoders(self, params, buffers):
+        return {"encoder": patches({"params": params, **buffers})}
 
 
 PROBES = Probes(
-    Set(200, 1), Set(100, 2), (KNN(), Linear((0.03, 0.3), epochs=5), Health()), batch_size=32
+    Set(200, 1), Set(100, 2), (KNN(), LinearProbe((0.03, 0.3), epochs=5), Health()), batch_size=32
 )
 
 
-def test_probes_measure_a_backbone_and_pixels():
-    found = dict(PROBES(Objective(), variables()["params"], {}, Views()))
+def test_probes_measure_an_encoder_and_pixels():
+    found = dict(PROBES(Probed(), variables()["params"], {}, VIEWS))
     assert {name.split("/")[0] for name in found} == {"knn", "linear", "health"}
     assert all(type(value) is float for value in found.values())
     assert found["knn/top1"] > 0.95 and found["linear/top1"] > 0.95
     assert 0 < found["health/alignment"] < 0.1
-    assert found == dict(PROBES(Objective(), variables()["params"], {}, Views()))
-    pixels = dict(replace(PROBES, on=(KNN(), Health())).measure(Pixels(), {}, Views()))
+    assert found == dict(PROBES(Probed(), variables()["params"], {}, VIEWS))
+    pixels = dict(replace(PROBES, on=(KNN(), Health())).measure(PIXELS, VIEWS))
     assert pixels["knn/top1"] > 0.95 and 0 < pixels["health/alignment"] < 2
     assert {PROBES: 1}[replace(PROBES)] == 1 and "KNN(k=20" in repr(PROBES)
 
 
 def test_pairs_are_two_renderings_and_only_made_if_asked():
-    class Alone:
-        eval: ClassVar = Scale()
-
-    assert dict(replace(PROBES, on=(KNN(),)).measure(Pixels(), {}, Alone()))  # has no train view
     seen = {}
 
-    def probe(train, test, pairs):
+    def probe(train, test, pairs, progress):
         seen["x"], seen["y"] = pairs()
         yield "none", 0.0
 
-    for views in (Views(), Views(train=Scale(1))):
-        list(replace(PROBES, on=(probe,), pairs=64).measure(Pixels(), {}, views))
+    for views in (VIEWS, Views(Scale(1), Scale())):
+        list(replace(PROBES, on=(probe,), pairs=64).measure(PIXELS, views))
         gap = seen["x"] - seen["y"]
         assert gap.shape == (64, 192) and np.std(gap) == pytest.approx(0.1 * 2**0.5, rel=0.05)

@@ -14,11 +14,15 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from sslx.export import hf, keymaps, timm
+from sslx.export.architectures import resnet as resnet_tables
+from sslx.export.architectures import vit as vit_tables
+from sslx.models.encoder import Applied, Encoder, Signature, encoder
 from sslx.models.resnet import BASIC, BOTTLENECK, CIFAR_STEM, ResNet, resnet
 from sslx.models.vit import ViT, vit
 from sslx.objectives.base import Objective
 from sslx.objectives.mae import MAE, Decoder
 from sslx.views import IMAGENET
+from tests.exports import about
 
 SIDE = 24
 TINY = MAE(ViT(32, 3, 4, 8), Decoder(16, 2, 2, mlp_ratio=3.0), ratio=0.6)
@@ -33,6 +37,10 @@ def spread(objective, side=(SIDE, SIDE), channels=3, seed=0):
     return jax.tree.map(lambda x: r.normal(0.1, 0.2, x.shape).astype(np.float32), shapes)
 
 
+def encoder_of(objective, params, buffers):
+    return objective.encoders(params, buffers)["encoder"]
+
+
 def equal(a, b):
     a, b = flatten_dict(a, sep="/"), flatten_dict(b, sep="/")
     return set(a) == set(b) and all(
@@ -40,17 +48,15 @@ def equal(a, b):
     )
 
 
-def rebuilt(fields):
-    return MAE(
-        ViT(**fields["encoder"]), Decoder(**fields["decoder"]), fields["ratio"], fields["normalize"]
-    )
+def rebuilt(checkpoint):
+    return MAE(**{path.removeprefix("objective."): x for path, x in checkpoint.parts.items()})
 
 
 @pytest.fixture
 def saved(tmp_path):
     """A directory with TINY's export, and its params."""
     params = spread(TINY)
-    hf.save(TINY, params, tmp_path, SIDE)
+    hf.save(TINY, params, {}, tmp_path, about(SIDE))
     return tmp_path, params
 
 
@@ -72,24 +78,34 @@ def edit(directory, config=(), arrays=lambda x: x):
 )
 def test_ours_to_theirs_and_back(objective, channels, tmp_path):
     params = spread(objective, channels=channels)
-    hf.save(objective, params, tmp_path, SIDE)
-    fields, loaded = hf.load(tmp_path)
-    assert equal(params, loaded)
-    again = rebuilt(fields)
+    hf.save(objective, params, {}, tmp_path, about(SIDE))
+    loaded = hf.read(tmp_path)
+    assert equal(params, loaded.params)
+    again = rebuilt(loaded)
     assert equal(params, spread(again, channels=channels))  # the same shapes, filled the same way
     assert (again.ratio, again.normalize) == (objective.ratio, objective.normalize)
-    hf.save(again, loaded, tmp_path / "again", SIDE)
+    hf.save(again, loaded.params, {}, tmp_path / "again", about(SIDE))
     for name in ("model.safetensors", "encoder/model.safetensors", "encoder/config.json"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_an_encoder_alone_comes_back(saved):
+    """A ViTModel, with a pooler that is not read."""
+    directory, params = saved
+    more = {"pooler.dense.weight": np.ones((32, 32), np.float32)}
+    edit(directory / "encoder", arrays=lambda arrays: arrays | more)
+    loaded = hf.read(directory / "encoder")
+    assert loaded.parts == {"objective.encoder": TINY.encoder}
+    assert equal(loaded.params, {"encoder": params["encoder"]})
 
 
 def test_a_bfloat16_model_is_exported_in_float32(saved):
     directory, params = saved
     half = replace(TINY, encoder=TINY.encoder.clone(dtype=jnp.bfloat16))
-    hf.save(half, jax.tree.map(jnp.asarray, params), directory / "half", SIDE)
+    hf.save(half, jax.tree.map(jnp.asarray, params), {}, directory / "half", about(SIDE))
     arrays = load_file(directory / "half" / "model.safetensors")
     assert {a.dtype for a in arrays.values()} == {np.dtype(np.float32)}
-    assert equal(hf.load(directory / "half")[1], params)
+    assert equal(hf.read(directory / "half").params, params)
 
 
 def newer_spelling(arrays):
@@ -106,7 +122,7 @@ def bare_spelling(arrays):
 def test_other_spellings(saved, spelling):
     directory, params = saved
     edit(directory, arrays=spelling)
-    assert equal(hf.load(directory)[1], params)
+    assert equal(hf.read(directory).params, params)
 
 
 def test_half_precision_and_shards(saved):
@@ -119,7 +135,7 @@ def test_half_precision_and_shards(saved):
     (directory / "model.safetensors").unlink()
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(np.float32), params)
-    assert equal(hf.load(directory)[1], rounded)
+    assert equal(hf.read(directory).params, rounded)
 
 
 def drop(name):
@@ -137,7 +153,7 @@ TABLE = "vit.embeddings.position_embeddings"
 @pytest.mark.parametrize(
     ("config", "arrays", "said"),
     [
-        ({"model_type": "vit"}, dict, "model_type='vit'.*only 'vit_mae'"),
+        ({"model_type": "swin"}, dict, "model_type='swin'.*only vit_mae"),
         ({"hidden_act": "gelu_new"}, dict, "hidden_act='gelu_new'.*computes 'gelu'"),
         ({"qkv_bias": False}, dict, "qkv_bias=False"),
         ({"layer_norm_eps": 1e-5}, dict, "layer_norm_eps=1e-05.*computes 1e-06"),
@@ -158,13 +174,13 @@ def test_what_cannot_be_imported_is_said(saved, config, arrays, said):
     directory, _ = saved
     edit(directory, config, arrays)
     with pytest.raises(ValueError, match=f"(?s){said}"):
-        hf.load(directory)
+        hf.read(directory)
 
 
 def test_the_epsilon_of_transformers_conversions_passes(saved):
     directory, params = saved
     edit(directory, {"layer_norm_eps": 1e-12})
-    assert equal(hf.load(directory)[1], params)
+    assert equal(hf.read(directory).params, params)
 
 
 def test_files_that_are_not_a_checkpoint(saved):
@@ -172,20 +188,20 @@ def test_files_that_are_not_a_checkpoint(saved):
     weights = directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"not whole.*download"):
-        hf.load(directory)
+        hf.read(directory)
     weights.rename(directory / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin.*pickle.*safe_serialization"):
-        hf.load(directory)
+        hf.read(directory)
     (directory / "pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
-        hf.load(directory)
+        hf.read(directory)
     edited = json.loads((directory / "config.json").read_text())
     del edited["mask_ratio"]
     (directory / "config.json").write_text(json.dumps(edited))
     with pytest.raises(ValueError, match="lacks mask_ratio"):
-        hf.load(directory)
+        hf.read(directory)
     with pytest.raises(ValueError, match="missing: give the directory"):
-        hf.load(directory / "nowhere")
+        hf.read(directory / "nowhere")
 
 
 @dataclass(frozen=True)
@@ -200,36 +216,37 @@ class Other(Objective):
     def loss(self, params, buffers, batch, key, step):
         raise NotImplementedError
 
-    def backbone(self, params, buffers):
-        return self.encoder, {"params": params["encoder"], **buffers}
+    def encoders(self, params, buffers):
+        variables, reads = {"params": params["encoder"]}, Signature(("image",), prefix=1)
+        return {"encoder": Encoder(variables, Applied(self.encoder), reads)}
 
 
 def test_models_that_the_formats_do_not_express(tmp_path):
     params = spread(TINY)
     with pytest.raises(ValueError, match=r"square.*\(24, 32\).*--format timm"):
-        hf.save(TINY, params, tmp_path, (24, 32))
-    with pytest.raises(ValueError, match=r"Only a ViT.*Other is a Dense"):
-        hf.save(Other(nn.Dense(4)), {"encoder": {}}, tmp_path, SIDE)
+        hf.save(TINY, params, {}, tmp_path, about((24, 32)))
+    with pytest.raises(ValueError, match=r"Only ViT, .*encoder 'encoder' of Other is a Dense"):
+        hf.save(Other(nn.Dense(4)), {"encoder": {}}, {}, tmp_path, about(SIDE))
     with pytest.raises(ValueError, match="images of 3 channels"):
-        hf.save(TINY, params, tmp_path, SIDE, statistics=((0.5,), (0.5,)))
+        hf.save(TINY, params, {}, tmp_path, about(SIDE, ((0.5,), (0.5,))))
     with pytest.raises(ValueError, match=r"registers stand in"):
         more = params | {"encoder": params["encoder"] | {"registers": np.zeros(3)}}
-        hf.save(TINY, more, tmp_path, SIDE)
+        hf.save(TINY, more, {}, tmp_path, about(SIDE))
     with pytest.raises(ValueError, match="do not divide"):
-        timm.save(TINY, params, tmp_path / "x.safetensors", 23)
+        timm.save(TINY, params, {}, tmp_path / "x.safetensors", about(23))
     assert not list(tmp_path.iterdir())
 
 
 def test_another_method_exports_its_encoder_alone(tmp_path):
     objective = Other(TINY.encoder)
-    hf.save(objective, spread(objective), tmp_path, SIDE)
+    hf.save(objective, spread(objective), {}, tmp_path, about(SIDE))
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
     assert "[arXiv:1234.56789](https://" in (tmp_path / "encoder" / "README.md").read_text()
 
 
 def test_what_stands_beside_the_weights(tmp_path):
-    card = hf.Card(step=1200, recipe="objective = MAE(...)", numbers={"knn/top1": 0.9123456})
-    hf.save(TINY, spread(TINY), tmp_path, SIDE, statistics=IMAGENET, card=card)
+    told = {"step": 1200, "recipe": "objective = MAE(...)", "numbers": {"knn/top1": 0.9123456}}
+    hf.save(TINY, spread(TINY), {}, tmp_path, about(SIDE, IMAGENET, **told))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["mask_ratio"] == 0.6 and config["norm_pix_loss"] is True
     assert config["layer_norm_eps"] == 1e-6 and config["decoder_intermediate_size"] == 48
@@ -243,15 +260,15 @@ def test_what_stands_beside_the_weights(tmp_path):
 
 
 def test_timm_file_holds_the_encoder_alone(tmp_path):
-    timm.save(TINY, spread(TINY), tmp_path / "deep" / "vit.safetensors", (SIDE, 40))
+    timm.save(TINY, spread(TINY), {}, tmp_path / "deep" / "vit.safetensors", about((SIDE, 40)))
     arrays = load_file(tmp_path / "deep" / "vit.safetensors")
     assert not [name for name in arrays if "mask" in name or "decoder" in name]
     assert arrays["pos_embed"].shape == (1, 1 + 3 * 5, 32) and not arrays["pos_embed"][0, 0].any()
 
 
-@pytest.mark.parametrize("table", [*keymaps.HF_MAE.values(), keymaps.TIMM_VIT])
+@pytest.mark.parametrize("table", [*vit_tables.HF_MAE.values(), vit_tables.TIMM_VIT])
 def test_tables_name_every_array_once(table):
-    of = keymaps.sizes(TINY.encoder, 8, 3, 32)
+    of = vit_tables.sizes(TINY.encoder, 8, 3, 32)
     paths = [path for path, _, _ in table]
     names = [n for _, name, _ in table for n in keymaps.names(name, of)]
     assert len(set(paths)) == len(paths) and len(set(names)) == len(names)
@@ -259,9 +276,8 @@ def test_tables_name_every_array_once(table):
 
 def features(objective, params, image):
     """Our tokens, in float32 at full precision."""
-    module, variables = objective.backbone(params, {})
     with jax.default_matmul_precision("highest"):
-        return np.asarray(jax.jit(module.apply)(variables, image))
+        return tokens_of(objective, params, {}, image)
 
 
 def seen_by_torch(image):
@@ -288,7 +304,7 @@ def test_transformers_opens_both(transformers, saved):
     assert set(info) >= INFO and not any(info.values())
     tables = whole.vit.embeddings.position_embeddings, whole.decoder.decoder_pos_embed
     for table, width in zip(tables, (32, 16), strict=True):
-        assert np.array_equal(table.detach().numpy(), keymaps.positions(3, 3, width))
+        assert np.array_equal(table.detach().numpy(), vit_tables.positions(3, 3, width))
     model, info = transformers.ViTModel.from_pretrained(
         directory / "encoder", add_pooling_layer=False, output_loading_info=True
     )
@@ -302,15 +318,15 @@ def test_transformers_saves_and_we_load(transformers, saved):
     directory, params = saved
     model = transformers.ViTMAEForPreTraining.from_pretrained(directory)
     model.save_pretrained(directory / "theirs")
-    fields, loaded = hf.load(directory / "theirs")
-    assert equal(loaded, params) and rebuilt(fields) == TINY
+    theirs = hf.read(directory / "theirs")
+    assert equal(theirs.params, params) and rebuilt(theirs) == TINY
     model.save_pretrained(directory / "sharded", max_shard_size="20KB")
     assert (directory / "sharded" / "model.safetensors.index.json").is_file()
-    assert equal(hf.load(directory / "sharded")[1], params)
+    assert equal(hf.read(directory / "sharded").params, params)
 
 
 def test_transformers_prepares_images_as_we_do(transformers, tmp_path):
-    hf.save(TINY, spread(TINY), tmp_path, SIDE, statistics=IMAGENET)
+    hf.save(TINY, spread(TINY), {}, tmp_path, about(SIDE, IMAGENET))
     image = np.random.default_rng(2).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
     seen = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
@@ -345,7 +361,7 @@ def test_timm_opens_a_named_model(pytorch_image_models, tmp_path):
 
     objective = Other(vit("Ti", 16))
     params = jax.tree.map(lambda x: x / 4, spread(objective, (224, 224)))
-    timm.save(objective, params, tmp_path / "ti.safetensors", 224)
+    timm.save(objective, params, {}, tmp_path / "ti.safetensors", about(224))
     model = pytorch_image_models.create_model(
         "vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(tmp_path / "ti.safetensors")
     )
@@ -359,7 +375,7 @@ def test_timm_opens_any_size_strictly(pytorch_image_models, tmp_path):
     import torch
 
     side, params = (SIDE, 40), spread(TINY)
-    timm.save(TINY, params, tmp_path / "tiny.safetensors", side)
+    timm.save(TINY, params, {}, tmp_path / "tiny.safetensors", about(side))
     model = pytorch_image_models.models.VisionTransformer(
         side, 8, 3, num_classes=0, embed_dim=32, depth=3, num_heads=4
     )
@@ -389,8 +405,9 @@ class Stateful(Objective):
     def loss(self, params, buffers, batch, key, step):
         raise NotImplementedError
 
-    def backbone(self, params, buffers):
-        return self.encoder, {"params": params["encoder"], "batch_stats": buffers["stats"]}
+    def encoders(self, params, buffers):
+        variables = {"params": params["encoder"], "batch_stats": buffers["stats"]}
+        return {"encoder": encoder(self.encoder, variables)}
 
 
 def filled(objective, channels=3, seed=0):
@@ -408,8 +425,15 @@ def filled(objective, channels=3, seed=0):
 
 
 def tokens_of(objective, params, buffers, image):
-    module, variables = objective.backbone(params, buffers)
-    return np.asarray(jax.jit(module.apply)(variables, image))
+    return np.asarray(
+        jax.jit(Encoder.__call__)(encoder_of(objective, params, buffers), {"image": image})[0]
+    )
+
+
+def variables_of(checkpoint):
+    """A ResNet's, as Linen has them."""
+    stats = checkpoint.buffers["stats"]["batch_stats"]["encoder"]
+    return {"params": checkpoint.params["encoder"], "batch_stats": stats}
 
 
 def flat_tokens(output):
@@ -421,24 +445,25 @@ def flat_tokens(output):
 def test_a_resnet_goes_out_and_comes_back(encoder, tmp_path):
     objective = Stateful(encoder)
     params, buffers = filled(objective, channels=4)
-    hf.save(objective, params, tmp_path, (SIDE, 40), buffers=buffers)
-    fields, variables = hf.load_resnet(tmp_path / "encoder")
-    again = ResNet(**fields)
-    assert again == encoder
-    assert equal(variables, {"params": params["encoder"], "batch_stats": buffers["stats"]})
-    back = {"encoder": variables["params"]}, {"stats": variables["batch_stats"]}
-    hf.save(Stateful(again), back[0], tmp_path / "again", (SIDE, 40), buffers=back[1])
+    hf.save(objective, params, buffers, tmp_path, about((SIDE, 40)))
+    loaded = hf.read(tmp_path / "encoder")
+    assert loaded.parts == {"objective.net.encoder": encoder}
+    assert equal(
+        variables_of(loaded), {"params": params["encoder"], "batch_stats": buffers["stats"]}
+    )
+    stats = loaded.buffers["stats"]["batch_stats"]["encoder"]
+    hf.save(objective, loaded.params, {"stats": stats}, tmp_path / "again", about((SIDE, 40)))
     for name in ("model.safetensors", "config.json"):
         file = tmp_path / "encoder" / name
         assert file.read_bytes() == (tmp_path / "again" / "encoder" / name).read_bytes()
 
 
-@pytest.mark.parametrize("table", [keymaps.hf_resnet, keymaps.timm_resnet])
+@pytest.mark.parametrize("table", [resnet_tables.hf_resnet, resnet_tables.timm_resnet])
 @pytest.mark.parametrize("depth", [18, 50])
 def test_resnet_tables_name_every_array_once(table, depth):
     objective = Stateful(resnet(depth))
     params, buffers = filled(objective)
-    _, variables = objective.backbone(params, buffers)
+    variables = encoder_of(objective, params, buffers).variables
     rows = table(objective.encoder)
     assert {path for path, _, _ in rows} == set(flatten_dict(variables, sep="/"))
     assert len({name for _, name, _ in rows}) == len(rows)
@@ -448,14 +473,14 @@ def test_what_a_resnet_s_export_says(tmp_path):
     cifar = Stateful(resnet("mu", stem=CIFAR_STEM))
     params, buffers = filled(cifar)
     with pytest.raises(ValueError, match=r"ImageNet's stem only, not Stem\(.*--format timm"):
-        hf.save(cifar, params, tmp_path, SIDE, buffers=buffers)
+        hf.save(cifar, params, buffers, tmp_path, about(SIDE))
     with pytest.raises(ValueError, match="images of 3 channels"):
         objective = Stateful(resnet("mu"))
-        hf.save(objective, params, tmp_path, SIDE, ((0.5,), (0.5,)), buffers=filled(objective)[1])
+        hf.save(objective, *filled(objective), tmp_path, about(SIDE, ((0.5,), (0.5,))))
     assert not list(tmp_path.iterdir())
     objective = Stateful(SMALL[1])
     params, buffers = filled(objective)
-    hf.save(objective, params, tmp_path, (SIDE, 40), IMAGENET, buffers=buffers)
+    hf.save(objective, params, buffers, tmp_path, about((SIDE, 40), IMAGENET))
     text = (tmp_path / "encoder" / "README.md").read_text()
     for words in ("# ResNet pretrained with Stateful", "[2, 1] blocks (bottleneck)", "resnet]"):
         assert words in text
@@ -470,7 +495,7 @@ VARIANCE = "embedder.embedder.normalization.running_var"
 @pytest.mark.parametrize(
     ("config", "arrays", "said"),
     [
-        ({"model_type": "regnet"}, dict, "model_type='regnet'.*only 'resnet'.*ResNetModel"),
+        ({"model_type": "regnet"}, dict, "model_type='regnet'.*only .*resnet"),
         ({"hidden_act": "gelu"}, dict, "hidden_act='gelu'.*computes 'relu'"),
         ({"downsample_in_bottleneck": True}, dict, "downsample_in_bottleneck=True"),
         ({"hidden_sizes": [32, 48]}, dict, r"hidden_sizes=\[32, 48\].*double.*\[32, 64\]"),
@@ -483,10 +508,10 @@ VARIANCE = "embedder.embedder.normalization.running_var"
 def test_what_resnet_cannot_be_imported_is_said(config, arrays, said, tmp_path):
     objective = Stateful(SMALL[1])
     params, buffers = filled(objective)
-    hf.save(objective, params, tmp_path, SIDE, buffers=buffers)
+    hf.save(objective, params, buffers, tmp_path, about(SIDE))
     edit(tmp_path / "encoder", config, arrays)
     with pytest.raises(ValueError, match=f"(?s){said}"):
-        hf.load_resnet(tmp_path / "encoder")
+        hf.read(tmp_path / "encoder")
 
 
 @pytest.mark.parametrize("encoder", SMALL)
@@ -495,7 +520,7 @@ def test_transformers_opens_a_resnet(transformers, encoder, tmp_path):
 
     objective = Stateful(encoder)
     params, buffers = filled(objective)
-    hf.save(objective, params, tmp_path, SIDE, buffers=buffers)
+    hf.save(objective, params, buffers, tmp_path, about(SIDE))
     model, info = transformers.ResNetModel.from_pretrained(
         tmp_path / "encoder", output_loading_info=True
     )
@@ -508,8 +533,8 @@ def test_transformers_opens_a_resnet(transformers, encoder, tmp_path):
     classifier = transformers.ResNetForImageClassification(model.config)
     classifier.resnet = model
     classifier.save_pretrained(tmp_path / "theirs")
-    _, variables = hf.load_resnet(tmp_path / "theirs")
-    assert equal(variables, objective.backbone(params, buffers)[1])
+    loaded = variables_of(hf.read(tmp_path / "theirs"))
+    assert equal(loaded, encoder_of(objective, params, buffers).variables)
 
 
 @pytest.mark.parametrize(
@@ -520,7 +545,7 @@ def test_timm_opens_a_named_resnet(pytorch_image_models, name, objective, tmp_pa
     import torch
 
     params, buffers = filled(objective)
-    timm.save(objective, params, tmp_path / "x.safetensors", 65, buffers)
+    timm.save(objective, params, buffers, tmp_path / "x.safetensors", about(65))
     arrays = load_file(tmp_path / "x.safetensors")
     model = pytorch_image_models.create_model(name, num_classes=0)
     tensors = {n: torch.from_numpy(a) for n, a in arrays.items()}
@@ -539,7 +564,7 @@ def test_timm_opens_cifar_s_stem_in_place_of_its_own(pytorch_image_models, tmp_p
 
     objective = Stateful(resnet(18, stem=CIFAR_STEM))
     params, buffers = filled(objective)
-    timm.save(objective, params, tmp_path / "x.safetensors", 32, buffers)
+    timm.save(objective, params, buffers, tmp_path / "x.safetensors", about(32))
     model = pytorch_image_models.create_model("resnet18", num_classes=0)
     model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     model.maxpool = torch.nn.Identity()

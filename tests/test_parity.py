@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from sslx.export import hf, keymaps
+from sslx.export.architectures import vit as vit_tables
 from sslx.models.layers import MLP, LayerNorm
 from sslx.models.vit import ViT, vit
 from sslx.objectives.mae import MAE, Decoder
@@ -22,6 +23,7 @@ from sslx.ops.masks import kept, shuffle
 from sslx.ops.positions import sincos_2d
 from sslx.optim import AdamW
 from sslx.schedules import Constant, Cosine, Warmup
+from tests.exports import about
 
 REASON = "NOT CHECKED: parity of MAE's loss and gradients with torch (pip install sslx[hf])"
 
@@ -118,7 +120,7 @@ def gradients(model, directory):
         if p.requires_grad:
             p.data = p.grad.clone()
     model.save_pretrained(directory)
-    return hf.load(directory)[1]
+    return hf.read(directory).params
 
 
 def difference(a, b):
@@ -133,13 +135,14 @@ def test_mae_equals_transformers(torch, transformers, name, tmp_path):
     case = CASES[name]
     objective = case.objective
     params = random_params(objective, case.side, case.channels)
-    hf.save(objective, params, tmp_path / "a", case.side)
+    hf.save(objective, params, {}, tmp_path / "a", about(case.side))
     model = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "a").train()
     fill(torch, model, case)
     model.save_pretrained(tmp_path / "b")
-    fields, params = hf.load(tmp_path / "b")
-    loaded = MAE(ViT(**fields.pop("encoder")), Decoder(**fields.pop("decoder")), **fields)
-    assert loaded == objective
+    loaded = hf.read(tmp_path / "b")
+    params = loaded.params
+    fields = {path.removeprefix("objective."): part for path, part in loaded.parts.items()}
+    assert MAE(**fields) == objective
 
     key, r = jax.random.key(1), np.random.default_rng(2)
     image = r.normal(size=(case.examples, case.side, case.side, case.channels)).astype(np.float32)
@@ -276,11 +279,13 @@ def test_adamw_equals_torch(torch):
     """FAIR's two groups: what is one-dimensional or a bias, layer by layer, does not decay."""
     objective = MAE(vit("mu", 4), Decoder(16, 2, 2))
     params = random_params(objective, 16)
-    of = {"encoder": keymaps.sizes(objective.encoder, 4, 3)}
-    of["decoder"] = keymaps.sizes(objective.decoder, 4, 3, 32)
+    of = {"encoder": vit_tables.sizes(objective.encoder, 4, 3)}
+    of["decoder"] = vit_tables.sizes(objective.decoder, 4, 3, 32)
 
     def named(tree):
-        both = (keymaps.write(table, tree[k], of[k]) for k, table in keymaps.HF_MAE.items())
+        both = (
+            keymaps.named_arrays(table, tree[k], of[k]) for k, table in vit_tables.HF_MAE.items()
+        )
         return {name: x for part in both for name, x in part.items()}
 
     tensors = {n: torch.nn.Parameter(torch.tensor(x)) for n, x in named(params).items()}
@@ -298,12 +303,12 @@ def test_adamw_equals_torch(torch):
     optimizer = AdamW(Constant(1e-2), b2=0.95, weight_decay=0.05)
     update, state = jax.jit(optimizer.update), optimizer.init(params)
     r = np.random.default_rng(0)
-    for _ in range(5):
+    for step in range(5):
         grads = jax.tree.map(lambda x: r.normal(0, 0.01, x.shape).astype(np.float32), params)
         for name, grad in named(grads).items():
             tensors[name].grad = torch.from_numpy(grad)
         reference.step()
-        moved, state = update(grads, state, params)
+        moved, state = update(grads, state, params, step)
         params = jax.tree.map(lambda p, u: np.asarray(p + u), params, moved)
     for name, x in named(params).items():
         np.testing.assert_allclose(x, tensors[name].detach(), rtol=0, atol=1e-6, err_msg=name)

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec as P
 
 from sslx.export import keymaps
+from sslx.export.architectures.resnet import counts, hf_resnet
 from sslx.models.layers import BatchNorm, Conv, Scaling
 from sslx.models.resnet import (
     BASIC,
@@ -72,8 +73,8 @@ def theirs(transformers, net, variables):
         layer_type="bottleneck" if four == 4 else "basic",
     )
     model = transformers.ResNetModel(config)
-    arrays = keymaps.write(keymaps.hf_resnet(net), variables, {})
-    arrays |= keymaps.counts(arrays)
+    arrays = keymaps.named_arrays(hf_resnet(net), variables, {})
+    arrays |= counts(arrays)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     model.load_state_dict(tensors, strict=True)
     return model.double()
@@ -122,10 +123,10 @@ def test_outputs_and_statistics_are_transformers(transformers, depth):
     step = jax.jit(lambda v, x: net.apply(v, x, train=True, mutable=["batch_stats"]))
     ours, moved = step(variables, image)
     near(ours, expected, room)
-    stats = keymaps.write(
-        tuple(row for row in keymaps.hf_resnet(net) if row[0].startswith("batch_stats")), moved, {}
+    stats = keymaps.named_arrays(
+        tuple(row for row in hf_resnet(net) if row[0].startswith("batch_stats")), moved, {}
     )
-    before = keymaps.write(keymaps.hf_resnet(net), variables, {})
+    before = keymaps.named_arrays(hf_resnet(net), variables, {})
     after = {name: x.numpy() for name, x in model.state_dict().items()}
     assert len(stats) == 2 * len(counts)
     for name, n in counts.items():
@@ -151,8 +152,8 @@ def test_gradients_are_transformers(transformers, net):
     tokens = model(seen).last_hidden_state.flatten(2).transpose(1, 2)
     (tokens * tokens.new_tensor(weight)).sum().backward()
     near(of_image, seen.grad.numpy().transpose(0, 2, 3, 1))
-    table = tuple(row for row in keymaps.hf_resnet(net) if row[0].startswith("params"))
-    ours = keymaps.write(table, {"params": of_params}, {})
+    table = tuple(row for row in hf_resnet(net) if row[0].startswith("params"))
+    ours = keymaps.named_arrays(table, {"params": of_params}, {})
     for name, parameter in model.named_parameters():
         near(ours[name], parameter.grad.numpy())
 

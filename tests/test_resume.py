@@ -161,8 +161,8 @@ code = main(arguments)
 if not code:
     import jax, numpy as np
     from jax.experimental.multihost_utils import process_allgather
-    from sslx.config import load
-    from sslx.train import feed
+    from sslx.recipes import load
+    from sslx.engine import feed
     config = load(arguments[1])
     with feed(config, config.mesh.build(), 17) as (stream, _):
         got = [process_allgather(next(stream)["image"], tiled=True) for _ in range(3)]
@@ -188,7 +188,7 @@ def test_two_processes_are_one(eight, tmp_path):
     assert [process.returncode for process in both] == [0, 0], said
     assert [x for x in said[1].splitlines() if not x.startswith("[Gloo]")] == []
     assert_close(path, eight)
-    from sslx.config import load as recipe
+    from sslx.recipes import load as recipe
 
     config = recipe(TINY)
     with config.data.batches(config.seed, config.batch_size, 17) as stream:

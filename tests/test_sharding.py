@@ -14,11 +14,12 @@ from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sslx import sharding, train, views
+from sslx import engine, sharding, views
+from sslx import state as states
 from sslx.config import Config
 from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
-from sslx.data.sources import digits
+from sslx.data.uri import digits
 from sslx.sharding import MIN_SIZE, Mesh, batch_sharding, check_batch, constrain, shardings, spec
 
 ALL = (2, 2, 2)
@@ -141,7 +142,7 @@ def test_shardings_by_name_by_size_or_whole():
 
 def test_moments_inherit_the_axes_of_params():
     mesh = mesh_of(*ALL)
-    state = train.abstract_state(config_of(ROWS["MAE"]), mesh)
+    state = states.abstract_state(config_of(ROWS["MAE"]), mesh)
     moments = state.opt_state[1]  # scale_by_adam
     for tree in (moments.mu, moments.nu):
         jax.tree.map(
@@ -151,7 +152,7 @@ def test_moments_inherit_the_axes_of_params():
 
 
 def test_params_of_a_vit_lie_as_the_layers_say():
-    state = train.abstract_state(config_of(ROWS["MAE"]), mesh_of(1, 2, 4))
+    state = states.abstract_state(config_of(ROWS["MAE"]), mesh_of(1, 2, 4))
     block = state.params["encoder"]["transformer"]["blocks"]
     found = {
         "qkv": block["attention"]["qkv"]["kernel"].sharding.spec,  # layers, D, 3, heads, D / heads
@@ -200,13 +201,13 @@ def test_a_batch_that_cannot_be_cut_says_what_can():
     with pytest.raises(ValueError, match=r"batch_size=18 .* = 4 devices.*such as batch_size=20"):
         check_batch(18, mesh_of(*ALL))
     with pytest.raises(ValueError, match="batch_size=18"):
-        train.abstract_state(config_of(ROWS["MAE"], batch_size=18), mesh_of(*ALL))
+        states.abstract_state(config_of(ROWS["MAE"], batch_size=18), mesh_of(*ALL))
 
 
 def test_micro_batches_must_be_cut_too():
     """16 examples in 4 parts are 4 at a time: on 8 devices every one would compute all 4."""
     with pytest.raises(ValueError, match="accumulate"):
-        train.abstract_state(config_of(ROWS["MAE"], accumulate=4), mesh_of(1, 8, 1))
+        states.abstract_state(config_of(ROWS["MAE"], accumulate=4), mesh_of(1, 8, 1))
 
 
 # ---- the compiled step ----
@@ -231,8 +232,8 @@ def pictures(accumulate: int) -> Config:
 def compiled(accumulate: int, *shape: int):
     config, mesh = pictures(accumulate), mesh_of(*shape)
     with jax.set_mesh(mesh):
-        given = train.abstract_state(config, mesh), train.abstract_batch(config, mesh)
-        return train.jitted_step(config, mesh).lower(*given).compile()
+        given = states.abstract_state(config, mesh), states.abstract_batch(config, mesh)
+        return engine.jitted_step(config, mesh).lower(*given).compile()
 
 
 def whole(text: str, examples: int) -> set[str]:
@@ -260,7 +261,7 @@ def test_the_step_keeps_the_shardings_of_the_state():
     program, mesh = compiled(1, *ALL), mesh_of(*ALL)
     (given, batch), _ = program.input_shardings
     made, metrics = program.output_shardings
-    state = train.abstract_state(pictures(1), mesh)
+    state = states.abstract_state(pictures(1), mesh)
     for x, before, after in zip(*map(jax.tree.leaves, (state, given, made)), strict=True):
         assert before.is_equivalent_to(x.sharding, x.ndim)
         assert after.is_equivalent_to(x.sharding, x.ndim)
@@ -307,11 +308,11 @@ def test_the_loop_transfers_nothing_by_itself_and_looks_one_step_late():
     config = replace(pictures(1), steps=5, save_every=3, eval_every=100)
     mesh, events = mesh_of(1, 8, 1), []
     with jax.set_mesh(mesh):
-        state = train.fresh_state(config, mesh)
+        state = states.fresh_state(config, mesh)
         try:
             jax.config.update("jax_transfer_guard", "disallow")  # in the feeding thread as well
             watching = Watching(events)
-            state = train.loop(config, mesh, 0, state, watching, watching, Quiet())
+            state = engine.loop(config, mesh, 0, state, watching, watching, Quiet())
         finally:
             jax.config.update("jax_transfer_guard", "allow")
     assert int(state.step) == 5
@@ -331,7 +332,7 @@ def test_feed_places_batches_by_the_law_and_ends():
     )
     mesh = mesh_of(*ALL)
     with config.data.batches(config.seed, BATCH, 2) as expected, jax.set_mesh(mesh):
-        with train.feed(config, mesh, 2) as (batches, dropped):
+        with engine.feed(config, mesh, 2) as (batches, dropped):
             for _ in range(3):
                 x = next(batches)["image"]
                 assert x.sharding.is_equivalent_to(batch_sharding(mesh), 4)

@@ -21,13 +21,15 @@ import pytest
 from commands import REPO, start, stop, until
 
 from sslx.cli import main
-from sslx.data import sources, text
-from sslx.data.corpus import Tally, blocks, parquet_rows, pieces, spans, texts
+from sslx.data import uri
 from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
-from sslx.data.sources import DataError
-from sslx.data.tokenize import Job, Window, packed, record, run, tokenize
-from sslx.data.tokenizers import tokenizer, train_tokenizer, vocabulary
+from sslx.data.source import DataError
+from sslx.data.text import pydocs
+from sslx.data.text.corpus import Tally, blocks, parquet_rows, pieces, spans, texts
+from sslx.data.text.tokenize import Job, run, tokenize
+from sslx.data.text.tokenizers import tokenizer, train_tokenizer, vocabulary
+from sslx.data.text.windows import Window, packed, record
 from sslx.vocabulary import Vocabulary
 
 L = 24
@@ -108,7 +110,7 @@ def documents_in(source):
 
 
 def test_windows_hold_every_token_of_every_document_in_order(done):
-    source = sources.tokens(done)
+    source = uri.tokens(done)
     plain = library(done)
     expected = [plain.encode(d, add_special_tokens=False).ids for d in DOCUMENTS]
     segments = [ids for _, ids in documents_in(source)]
@@ -123,7 +125,7 @@ def test_windows_hold_every_token_of_every_document_in_order(done):
 
 def test_byte_level_windows_spell_the_very_text(corpus, tmp_path):
     tokenize(str(corpus), f"{tmp_path}/out", vocabulary_size=300, kind="bpe", length=L, workers=0)
-    source, plain = sources.tokens(f"{tmp_path}/out"), library(tmp_path / "out")
+    source, plain = uri.tokens(f"{tmp_path}/out"), library(tmp_path / "out")
     joined = chain(*(ids for _, ids in documents_in(source)))
     assert plain.decode(list(joined)) == "".join(DOCUMENTS)
     assert source.vocabulary == Vocabulary(300)
@@ -169,7 +171,7 @@ def test_packing_does_not_depend_on_pieces():
 def test_pieces_of_a_long_document_are_tokenized_as_the_whole(kind, monkeypatch):
     documents = [prose(1, 3000), "a\n\n\n b  c \n\n" * 300, "x" * 500 + " y z" * 200, "ü\n" * 700]
     found = train_tokenizer(lambda: documents, SIZE[kind], kind)
-    monkeypatch.setattr("sslx.data.corpus.PIECE", 600)
+    monkeypatch.setattr("sslx.data.text.corpus.PIECE", 600)
     for document in documents:
         parts = pieces(document)
         assert "".join(parts) == document and max(map(len, parts)) <= 600 and len(parts) > 2
@@ -196,7 +198,7 @@ def test_records_are_as_narrow_as_the_vocabulary_allows(size, dtype):
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_training_a_tokenizer_gives_the_same_in_every_process(kind):
     code = (
-        "import hashlib, test_text as t; from sslx.data.tokenizers import train_tokenizer\n"
+        "import hashlib, test_text as t; from sslx.data.text.tokenizers import train_tokenizer\n"
         f"found = train_tokenizer(lambda: t.DOCUMENTS, {SIZE[kind]}, {kind!r})\n"
         "print(hashlib.sha256(found.to_str().encode()).hexdigest(), found.get_vocab_size())"
     )
@@ -218,7 +220,9 @@ def test_trained_tokenizers_have_our_special_ids(done):
 def test_same_bytes_whatever_the_number_of_processes(corpus, done, tmp_path):
     options = {"length": L, "part": 3000, "tokenizer": done}
     told = []
-    tokenize(str(corpus), f"{tmp_path}/two", workers=2, said=lambda *x: told.append(x), **options)
+    tokenize(
+        str(corpus), f"{tmp_path}/two", workers=2, progress=lambda *x: told.append(x), **options
+    )
     assert bytes_of(f"{tmp_path}/two") == bytes_of(done)
     assert told[-1][0] == told[-1][1] > 0 and sorted(told) == told
     for i in (2, 0, 1):
@@ -226,9 +230,9 @@ def test_same_bytes_whatever_the_number_of_processes(corpus, done, tmp_path):
         assert (found is None) == (i != 1)
         if i == 0:
             with pytest.raises(DataError, match="unfinished"):
-                sources.open(f"tokens:{tmp_path}/hosts")
+                uri.open_uri(f"tokens:{tmp_path}/hosts")
     assert bytes_of(f"{tmp_path}/hosts") == bytes_of(done)
-    assert found == sources.tokens(done).manifest
+    assert found == uri.tokens(done).manifest
 
 
 def test_large_text_files_are_cut_at_lines_and_nothing_is_lost(tmp_path):
@@ -281,13 +285,13 @@ def test_interrupted_it_goes_on_and_keeps_what_is_finished(corpus, done, tmp_pat
             raise Stop
 
     with pytest.raises(Stop):
-        tokenize(str(corpus), str(out), said=stop_in_the_fourth, **options)
+        tokenize(str(corpus), str(out), progress=stop_in_the_fourth, **options)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("tokens-*.array_record")}
     assert kept and not (out / "manifest.json").exists()
     with pytest.raises(DataError, match="unfinished: run the same"):
-        sources.open(f"tokens:{out}")
+        uri.open_uri(f"tokens:{out}")
     begun = []
-    tokenize(str(corpus), str(out), said=lambda *x: begun.append(x), **options)
+    tokenize(str(corpus), str(out), progress=lambda *x: begun.append(x), **options)
     assert begun[0][0] > 0  # the bar starts where it was
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     assert bytes_of(out) == bytes_of(done)
@@ -299,7 +303,7 @@ def test_killed_in_worker_processes_it_goes_on(corpus, done, tmp_path):
     out = tmp_path / "out"
     words = ("tokenize", big, out, "--tokenizer", done, "--length", L, "--workers", 2)
     code = (
-        "import sys; from sslx.data import tokenize; tokenize.PART = 100_000\n"
+        "import sys; from sslx.data.text import tokenize; tokenize.PART = 100_000\n"
         "from sslx.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     process = start(*words, code=code)
@@ -336,7 +340,7 @@ def test_the_same_command_twice_at_once_does_each_part_once(done, tmp_path):
     write_jsonl(big, DOCUMENTS * 60)
     words = ("tokenize", big, out, "--tokenizer", done, "--length", L, "--workers", 0)
     code = (
-        "import sys; from sslx.cli import main; from sslx.data import tokenize\n"
+        "import sys; from sslx.cli import main; from sslx.data.text import tokenize\n"
         "tokenize.PART, write = 100_000, tokenize.Job.write_alone\n"
         "def told(job, k, said): print('part', k); write(job, k, said)\n"
         "tokenize.Job.write_alone = told; sys.exit(main(sys.argv[1:]))"
@@ -379,7 +383,7 @@ def take(batches, count):
 
 
 def test_law_holds_for_hosts_workers_and_starts(done):
-    source = sources.tokens(done)
+    source = uri.tokens(done)
     pipeline = Pipeline(source, source.window, workers=0)
     whole = take(pipeline.batches(3, 8), 6)
     assert {k: (v.shape, v.dtype) for k, v in whole[0].items()} == pipeline.shapes(8)
@@ -399,7 +403,7 @@ def test_law_holds_for_hosts_workers_and_starts(done):
 
 
 def test_sources_pickle_as_their_fields(done, corpus):
-    for source in (sources.tokens(done), sources.text(f"{corpus}/a.jsonl", done)):
+    for source in (uri.tokens(done), uri.text(f"{corpus}/a.jsonl", done)):
         first = source[0]["tokens"].tolist()
         copy = pickle.loads(pickle.dumps(source))
         assert copy == source and hash(copy) == hash(source) and len(pickle.dumps(source)) < 400
@@ -431,9 +435,9 @@ def test_text_is_tokenized_as_it_is_read(tmp_path, done):
     write_jsonl(tmp_path / "a.jsonl", ["cat", "mat"])
     (tmp_path / "b.txt").write_text("old birds")
     for glob, count in (("*.jsonl", 2), ("b.txt", 1)):
-        source = sources.text(f"{tmp_path}/{glob}", done)
+        source = uri.text(f"{tmp_path}/{glob}", done)
         assert len(source) == count and all("label" not in source[i] for i in range(count))
-    assert sources.text(f"{tmp_path}/b.txt", sources.tokens(done))[0]["tokens"].tolist() == (
+    assert uri.text(f"{tmp_path}/b.txt", uri.tokens(done))[0]["tokens"].tolist() == (
         plain.encode("old birds").ids
     )
 
@@ -446,7 +450,7 @@ def test_python_documents_are_its_docstrings_and_topics():
     import inspect
     from pydoc_data.topics import topics
 
-    found = dict(text.python_documents())
+    found = dict(pydocs.python_documents())
     assert found["topic assert"] == topics["assert"]
     assert found["argparse.py"].startswith(inspect.getdoc(argparse))
     for thing in (argparse.ArgumentParser, argparse.ArgumentParser.add_subparsers):
@@ -458,20 +462,20 @@ def test_python_documents_are_its_docstrings_and_topics():
 def test_pydocs_tokenize_on_first_use_only(tmp_path, monkeypatch):
     known = [("argparse.py", DOCUMENTS[6]), *((f"m{i}", d) for i, d in enumerate(DOCUMENTS))]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(text, "python_documents", lambda: iter(known))
-    train, test = (text.pydocs(split, 70, L) for split in ("train", "test"))
+    monkeypatch.setattr(pydocs, "python_documents", lambda: iter(known))
+    train, test = (uri.pydocs(split, 70, L) for split in ("train", "test"))
     assert not any(tmp_path.iterdir())  # a recipe that is only printed costs nothing
     assert "split='train'" in repr(train) and train.window == Window(L, Vocabulary(70))
     pipelines = [Pipeline(source, source.window) for source in (train, test)]
     batches = [take(pipeline.batches(0, 4), 2) for pipeline in pipelines]
-    monkeypatch.setattr(text, "python_documents", lambda: pytest.fail("read twice"))
-    again = Pipeline(text.pydocs("train", 70, L), Window(L, Vocabulary(70)))
+    monkeypatch.setattr(pydocs, "python_documents", lambda: pytest.fail("read twice"))
+    again = Pipeline(uri.pydocs("train", 70, L), Window(L, Vocabulary(70)))
     same(take(again.batches(0, 4), 2), batches[0])
     counts = [source.tokens.manifest["counts"]["documents"] for source in (train, test)]
     assert sum(counts) == len(known) and min(counts) > 0
     assert os.listdir(tmp_path / "sslx") == [f"pydocs-{sys.version.split()[0]}-70-{L}"]
     with pytest.raises(DataError, match="no split 'val'"):
-        sources.open("pydocs:val")
+        uri.open_uri("pydocs:val")
 
 
 # Bad input
@@ -595,7 +599,7 @@ def copied(done, tmp_path):
 
 @pytest.mark.parametrize("harm", ["missing", "truncated"])
 def test_a_shard_deleted_or_truncated_is_named_and_written_again(corpus, done, copied, harm):
-    name = sources.tokens(str(copied)).manifest["shards"][2]["name"]
+    name = uri.tokens(str(copied)).manifest["shards"][2]["name"]
     if harm == "missing":
         (copied / name).unlink()
     else:
@@ -614,9 +618,9 @@ def test_another_tokenizer_is_seen(corpus, copied):
     found.add_tokens(["birds"])
     found.save(f"{copied}/tokenizer.json")
     with pytest.raises(DataError, match="is not the tokenizer that these windows were written"):
-        sources.open(f"tokens:{copied}")
+        uri.open_uri(f"tokens:{copied}")
     tokenize(str(corpus), str(copied), vocabulary_size=70, length=L, part=3000, workers=0)
-    source = sources.open(f"tokens:{copied}")  # all written again
+    source = uri.open_uri(f"tokens:{copied}")  # all written again
     expected = [id for d in DOCUMENTS for id in found.encode(d, add_special_tokens=False).ids]
     assert list(chain(*(ids for _, ids in documents_in(source)))) == expected
 
@@ -627,15 +631,15 @@ def test_what_does_not_fit_is_said_before_any_record_is_read(done, corpus):
     with pytest.raises(DataError, match=r"windows of 24 but the recipe reads 64: take length 24"):
         Pipeline(f"tokens:{done}", Window(64, Vocabulary(70))).check()
     with pytest.raises(DataError, match=r"recipe reads Vocabulary\(size=69"):
-        Pipeline(sources.text(f"{corpus}/d.txt", done), Window(L, Vocabulary(69))).check()
-    with pytest.raises(DataError, match=r"gives tokens, which Image.* use Window"):
+        Pipeline(uri.text(f"{corpus}/d.txt", done), Window(L, Vocabulary(69))).check()
+    with pytest.raises(DataError, match=r"gives tokens, starts, which Image.* use Window"):
         Pipeline(f"tokens:{done}", Image(8)).check()
     with pytest.raises(DataError, match=r"gives image, which Window.* use Image"):
         Pipeline("digits:", Window(L, Vocabulary(70))).check()
     with pytest.raises(DataError, match="fewer than one batch of 100000: take a smaller"):
         Pipeline(f"tokens:{done}", Window(L, Vocabulary(70))).batches(0, 100_000)
     with pytest.raises(DataError, match="needs a tokenizer: text:"):
-        sources.open(f"text:{corpus}/d.txt")
+        uri.open_uri(f"text:{corpus}/d.txt")
     with pytest.raises(DataError, match="lengths are from 8"):
         Window(4, Vocabulary(70))
 
@@ -643,17 +647,17 @@ def test_what_does_not_fit_is_said_before_any_record_is_read(done, corpus):
 def test_large_or_wrongly_labelled_text_is_refused(tmp_path, done, monkeypatch, caplog):
     write_jsonl(tmp_path / "a.jsonl", ["cat"], label="animal")
     with pytest.raises(DataError, match="label 'animal': labels are integers"):
-        sources.open(f"text:{tmp_path}/a.jsonl?tokenizer={done}")
+        uri.open_uri(f"text:{tmp_path}/a.jsonl?tokenizer={done}")
     (tmp_path / "b.txt").write_bytes(b"\xff")
     write_jsonl(tmp_path / "b.jsonl", ["cat"])
     with caplog.at_level(logging.WARNING, "sslx"):
-        assert len(sources.open(f"text:{tmp_path}/b.*?tokenizer={done}")) == 1
+        assert len(uri.open_uri(f"text:{tmp_path}/b.*?tokenizer={done}")) == 1
     assert [r.getMessage().split(" near")[0] for r in caplog.records] == [
         f"dropped {tmp_path}/b.txt: it is not UTF-8"
     ]
-    monkeypatch.setattr(text, "RESIDENT", 10)
+    monkeypatch.setattr("sslx.data.text.documents.RESIDENT", 10)
     with pytest.raises(DataError, match="sslx tokenize"):
-        sources.open(f"text:{tmp_path}/b.jsonl?tokenizer={done}")
+        uri.open_uri(f"text:{tmp_path}/b.jsonl?tokenizer={done}")
 
 
 @pytest.mark.slow
@@ -663,7 +667,7 @@ def test_memory_is_flat(tmp_path, done):
     (The allocator fills up in the first 8 MB: measured at 2, 8, 20 and 60 MB, 81, 87, 88, 89 MB.)
     """
     code = (
-        "import re, sys; from sslx.data.tokenize import tokenize\n"
+        "import re, sys; from sslx.data.text.tokenize import tokenize\n"
         "tokenize(sys.argv[1], sys.argv[2], tokenizer=sys.argv[3], workers=0, part=500_000)\n"
         "print(*re.findall(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read()))"
     )

@@ -14,12 +14,13 @@ from flax.core.meta import unbox
 
 from sslx.evals import health as evals
 from sslx.models import heads
+from sslx.models.encoder import Signature
 from sslx.models.heads import Head, Siamese
 from sslx.models.vit import ViT
 from sslx.objectives.base import apply
 from sslx.objectives.byol import BYOL
 from sslx.objectives.simclr import SimCLR
-from sslx.ops.health import health
+from sslx.ops.health import embedding_metrics
 from sslx.ops.losses import nt_xent, regression
 from sslx.schedules import Constant, Cosine
 
@@ -35,7 +36,7 @@ def exact():
 class Flat(nn.Module):
     """One token: all pixels."""
 
-    prefix: ClassVar[int] = 0
+    signature: ClassVar[Signature] = Signature(("image",))
 
     def __call__(self, x, train: bool = False):
         return x.reshape(len(x), 1, -1)
@@ -326,7 +327,7 @@ def test_the_target_follows_params_alone():
     for k in (0, 1, 5, 9, 10):
         tau = 1 - (1 - 0.9) * (np.cos(np.pi * k / 10) + 1) / 2
         expected = tau * expected + (1 - tau) * online
-        moved = jax.jit(objective.update)(params, buffers, jnp.int32(k))
+        _, moved = jax.jit(objective.update)(params, buffers, jnp.int32(k))
         assert (
             relative(moved["target"]["params"]["projector"]["linear0"]["kernel"], expected) < 1e-6
         )
@@ -381,7 +382,7 @@ def test_half_precision_heads_keep_float32_statistics():
 
 def test_health_in_the_step_is_that_of_all_pairs():
     h, z = vectors(9, 2, 12) + 1, vectors(9, 2, 5) + 0.3
-    said = {name: float(x) for name, x in jax.jit(health)(h, z).items()}
+    said = {name: float(x) for name, x in jax.jit(embedding_metrics)(h, z).items()}
     flat = z.reshape(18, 5).astype(np.float64)
     u = flat / np.linalg.norm(flat, axis=1, keepdims=True)
     s, example = u @ u.T, np.arange(18) // 2
@@ -399,14 +400,14 @@ def test_health_in_the_step_is_that_of_all_pairs():
 
 def test_health_at_its_ends():
     sphere = jnp.asarray(vectors(512, 2, 16))
-    alive = health(sphere, sphere)
+    alive = embedding_metrics(sphere, sphere)
     assert abs(alive["embedding_std"] - 1) < 0.02 and 15 < alive["participation_ratio"] <= 16
-    dead = health(jnp.ones((8, 2, 4)), jnp.ones((8, 2, 4)))
+    dead = embedding_metrics(jnp.ones((8, 2, 4)), jnp.ones((8, 2, 4)))
     assert dead["embedding_std"] < 1e-6 and dead["participation_ratio"] < 1e-6
     assert dead["positive_similarity"] == pytest.approx(1)
     assert dead["negative_similarity"] == pytest.approx(1)
     line = vectors(64, 2, 1) * jnp.ones(8)  # along one line
-    assert health(line, line)["participation_ratio"] == pytest.approx(1, rel=1e-4)
+    assert embedding_metrics(line, line)["participation_ratio"] == pytest.approx(1, rel=1e-4)
 
 
 def followed(objective, steps):
@@ -420,7 +421,8 @@ def followed(objective, steps):
         (loss, (buffers, said)), grads = both(params, buffers, batch, KEY, i)
         updates, moments = adam.update(grads, moments)
         params = optax.apply_updates(params, updates)
-        return params, objective.update(params, buffers, i), moments, {"loss": loss, **said}
+        params, buffers = objective.update(params, buffers, i)
+        return params, buffers, moments, {"loss": loss, **said}
 
     moments, history = adam.init(params), []
     for i in range(steps):

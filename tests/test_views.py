@@ -57,7 +57,6 @@ RECIPES = {
     "byol": views.byol(8),
     "cifar": views.cifar(size=8),
     "cifar_asymmetric": views.cifar_asymmetric(size=8),
-    "dinov2": views.dinov2(16, 10, 3),
     "digits": views.digits(8),
 }
 KEY = jax.random.key(7)
@@ -388,7 +387,6 @@ STRONG, WEAK = (0.8, 0.8, 0.8, 0.2), (0.4, 0.4, 0.2, 0.1)
         (views.cifar(), STRONG, (0, 0), (0, 0), views.CIFAR10),
         (views.cifar(0.5), (0.4, 0.4, 0.4, 0.1), (0, 0), (0, 0), views.CIFAR10),
         (views.cifar_asymmetric(), WEAK, (0, 0), (0, 0.2), views.CIFAR10),
-        (views.dinov2(count=2), WEAK, (1.0, 0.1, 0.5, 0.5), (0, 0.2, 0, 0), views.IMAGENET),
     ],
 )
 def test_recipes_are_as_published(recipe, jitter, blur, solarize, statistics):
@@ -399,7 +397,7 @@ def test_recipes_are_as_published(recipe, jitter, blur, solarize, statistics):
     assert set(probability(Flip)) == {0.5} and set(probability(Grayscale)) == {0.2}
     assert set(probability(ColorJitter)) == {0.8}
     assert {amounts(x) for (x,) in links_of(recipe, ColorJitter)} == {jitter}
-    assert {x.size for of in links_of(recipe, Blur) for x in of} <= {23, 9}
+    assert {x.size for of in links_of(recipe, Blur) for x in of} == ({23} if any(blur) else set())
     normal = {(x.mean, x.std) for of in links_of(recipe, Normalize) for x in of}
     assert normal == ({statistics} if statistics else set())
 
@@ -409,13 +407,11 @@ def test_recipes_are_values(name):
     recipe, channels = RECIPES[name], 1 if name == "digits" else 3
     given = batch()
     given["image"] = given["image"][..., :channels]
-    size = 16 if name == "dinov2" else 8
     out = jax.eval_shape(recipe.train, KEY, given)
-    assert out["image"].shape == (B, 2, size, size, channels)
+    assert out["image"].shape == (B, 2, 8, 8, channels)
     assert all(x.dtype == jnp.float32 for x in out.values())
-    assert ("local" in out) == (name == "dinov2")
-    assert jax.eval_shape(recipe.eval, KEY, given)["image"].shape == (B, size, size, channels)
-    same = getattr(views, name)(16, 10, 3) if name == "dinov2" else getattr(views, name)(size=8)
+    assert jax.eval_shape(recipe.eval, KEY, given)["image"].shape == (B, 8, 8, channels)
+    same = getattr(views, name)(size=8)
     assert recipe == same and hash(recipe) == hash(same) and repr(recipe) == repr(same)
     assert recipe != views.mae(8)
 

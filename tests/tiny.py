@@ -9,9 +9,9 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from sslx.config import Config
+from sslx.data.formats.digits import Digits
 from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
-from sslx.data.sources import Digits
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
 from sslx.evals.probes import Probes

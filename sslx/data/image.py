@@ -4,11 +4,13 @@ import io
 import threading
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import PIL.Image
 from PIL.JpegImagePlugin import JpegImageFile
+
+from sslx.data.source import Shapes
 
 LOCK = threading.Lock()
 
@@ -29,12 +31,15 @@ class Image:
     size: int
     fit: Literal["crop", "pad"] = "crop"
     channels: int = 3
+    reads: ClassVar[tuple[str, ...]] = ("image",)
 
     def __post_init__(self):
         if self.size < 1 or self.channels not in (1, 3) or self.fit not in ("crop", "pad"):
             raise ValueError(f"{self}: size >= 1, fit 'crop' or 'pad', channels 1 or 3")
 
-    def __call__(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
+    def __call__(
+        self, record: dict[str, Any], rng: np.random.Generator | None = None
+    ) -> dict[str, np.ndarray]:
         image, shape = record["image"], (self.size, self.size, self.channels)
         if isinstance(image, np.ndarray) and image.shape == shape:
             return {"image": image, "extent": np.array(shape[:2], np.int32)}
@@ -48,7 +53,7 @@ class Image:
         return {"image": image, "extent": np.array(extent, np.int32)}
 
     @property
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
+    def shapes(self) -> Shapes:
         """Shape and dtype of what an example holds, known before any record is read."""
         image = (self.size, self.size, self.channels)
         return {"image": (image, np.uint8), "extent": ((2,), np.int32)}
@@ -84,7 +89,7 @@ class Image:
 
 
 class Jpeg(JpegImageFile):
-    """JPEG opened without the search for a format, or EXIF, whose damage would only warn."""
+    """A JPEG, opened without probing for formats and without EXIF, whose damage would only warn."""
 
     def _read_dpi_from_exif(self):
         pass

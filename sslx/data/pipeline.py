@@ -1,18 +1,10 @@
-"""Records -> global batches, by law.
-
-Which examples are in the global batch of step s, in which order, is a pure function of (seed, step,
-mixture, global batch size): it knows nothing of hosts, workers and restarts. Only numbers of
-records are shuffled, mixed and batched; one map at the end reads a whole batch of them.
-"""
+"""Global batches of arrays from sources of records, in the order that the law says."""
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import weakref
 from bisect import bisect_right
 from collections import Counter
@@ -21,13 +13,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from math import prod
-from multiprocessing import resource_tracker
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from sslx.data import sources
-from sslx.data.sources import DataError, Source
+from sslx.data import order
+from sslx.data.source import DataError, Example, Record, Shapes, Source
+from sslx.data.uri import open_uri
+from sslx.data.workers import cores, mark_flags_parsed, off_device, spawning
 
 log = logging.getLogger("sslx")
 Batch = dict[str, np.ndarray]
@@ -35,43 +28,57 @@ Batch = dict[str, np.ndarray]
 
 @runtime_checkable
 class Decode(Protocol):
-    """Record -> example, a dict of arrays; `shapes` knows theirs and dtypes before any is read."""
+    """Turns a record into an example, a dict of arrays.
 
-    shapes: dict[str, tuple[tuple[int, ...], type]]
+    shapes  the shape and dtype of each of them, known before any record is read
+    reads   names of what it reads of a record
 
-    def __call__(self, record: dict[str, Any]) -> dict[str, np.ndarray]: ...
+    `rng` depends on the run's seed and the example's place in it alone, for random clips, crops of
+    audio, spans.
+    """
+
+    shapes: Shapes
+    reads: tuple[str, ...]
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Example: ...
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A source, or a mixture ((source, weight), ...), decoded into batches of arrays.
+    """Batches of arrays from a source, or from a mixture ((source, weight), ...).
 
     source       Source or URI; a mixture draws from each by its weight, each in its own epochs
-    decode       record -> example, a dict of arrays of one fixed shape
+    decode       (record, rng) -> example, a dict of arrays of one fixed shape; None takes the
+                 arrays of an in-memory source as they are
     labels       whether batches carry `label`; pretraining batches carry none at all
     max_corrupt  share of a source's records that may be undecodable before the run stops; any
                  share but 0 allows one record
-    workers      processes that read and decode, 0 for threads in this one; None chooses
+    workers      processes that read and decode, 0 for threads in this one; None chooses. As in
+                 every program that starts processes, a script that trains needs
+                 `if __name__ == "__main__":`
     """
 
     source: str | Source | tuple[tuple[str | Source, float], ...]
-    decode: Decode
+    decode: Decode | None = None
     labels: bool = False
     max_corrupt: float = 0.01
     workers: int | None = field(default=None, compare=False)
 
     @cached_property
     def mixture(self) -> tuple[tuple[Source, float], ...]:
-        parts = self.source if isinstance(self.source, tuple) else ((self.source, 1.0),)
+        pairs = self.source if isinstance(self.source, tuple) else ((self.source, 1.0),)
         opened = []
-        for source, weight in parts:
+        for source, weight in pairs:
             if not weight > 0:
                 raise DataError(f"the weight of {source} is {weight}: weights are above zero")
             if isinstance(source, str):
-                source = sources.open(source)
+                source = open_uri(source)
             else:
                 source.check()
-            source.suits(self.decode)
+            if self.decode is None:
+                _ = source.shapes  # raises where records are no arrays
+            else:
+                source.suits(self.decode)
             opened.append((source, weight))
         return tuple(opened)
 
@@ -93,11 +100,21 @@ class Pipeline:
         if self.labels and not self.labelled:
             raise DataError(f"{self.source} has records without a label: use labels=False")
 
-    def shapes(self, batch_size: int) -> dict[str, tuple[tuple[int, ...], type]]:
+    def shapes(self, batch_size: int) -> Shapes:
         """Shape and dtype of every array of a global batch; reads no data."""
         label = {"label": ((), np.int32)} if self.labels else {}
-        example = {**self.decode.shapes, **label}
+        example = {**self.example, **label}
         return {name: ((batch_size, *shape), dtype) for name, (shape, dtype) in example.items()}
+
+    @property
+    def example(self) -> Shapes:
+        """Shape and dtype of every array of an example."""
+        if self.decode is not None:
+            return self.decode.shapes
+        shapes = [source.shapes for source, _ in self.mixture]
+        if any(other != shapes[0] for other in shapes):
+            raise DataError(f"the sources of a mixture hold arrays of other shapes: {shapes}")
+        return shapes[0]
 
     def batches(
         self, seed: int, batch_size: int, start: int = 0, host: int = 0, hosts: int = 1
@@ -105,25 +122,19 @@ class Pipeline:
         """Batches of steps start, start + 1, ... without end: `decode`'s arrays and maybe label.
 
         `batch_size` is global; of it this host gets its `batch_size / hosts` consecutive examples,
-        so the hosts' parts laid end to end in host order are the global batch.
+        so the hosts' shares laid end to end in host order are the global batch.
         """
-        import grain
-
         self.check()
-        local = part(batch_size, host, hosts)
+        local = order.share(batch_size, host, hosts)
         if len(self.mixture) == 1 and batch_size > len(self):
             raise DataError(
                 f"{self.source} holds {len(self)} records, fewer than one batch of {batch_size}: "
                 "take a smaller batch_size, or more data"
             )
-        orders = [
-            grain.MapDataset.range(begin, end).shuffle(seed=seed_of(seed, k)).repeat()
-            for k, (begin, end) in enumerate(zip([0, *self.ends], self.ends, strict=False))
-        ]
+        places = order.Places(seed, batch_size, start, host * local)
         weights = [weight for _, weight in self.mixture]
-        order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
-        steps = order.batch(local, drop_remainder=True, batch_fn=np.array)[host::hosts][start:]
-        return self.run(steps, local, self.labels, masked=False)
+        steps = order.training(self.ends, weights, places, local, host, hosts)
+        return self.read(steps, places, local, self.labels, masked=False)
 
     def epoch(self, batch_size: int, host: int = 0, hosts: int = 1) -> "Batches":
         """Every record once, in order, for evaluation; with `label` if the sources have labels.
@@ -131,20 +142,21 @@ class Pipeline:
         Every batch is full: `valid`, bool [B], is false for what pads the last one and for what
         stands in for a corrupt record.
         """
-        import grain
+        local = order.share(batch_size, host, hosts)
+        places = order.Places(0, batch_size, 0, host * local)
+        steps = order.evaluation(len(self), batch_size, local, host, hosts)
+        return self.read(steps, places, local, self.labelled, masked=True)
 
-        local = part(batch_size, host, hosts)
-        padded = -(-len(self) // batch_size) * batch_size
-        steps = grain.MapDataset.range(padded).batch(local, batch_fn=np.array)[host::hosts]
-        return self.run(steps, local, self.labelled, masked=True)
-
-    def run(self, steps, local: int, labels: bool, masked: bool) -> "Batches":
-        """Batches of record numbers -> batches of examples, read ahead."""
+    def read(
+        self, steps, places: order.Places, local: int, labels: bool, masked: bool
+    ) -> "Batches":
+        """Batches of examples, read ahead, from batches of record numbers."""
         from grain import MultiprocessingOptions, ReadOptions
         from grain.experimental import DatasetOptions, WithOptionsIterDataset
 
-        load = Load(tuple(s for s, _ in self.mixture), self.decode, labels, self.max_corrupt)
-        steps = steps.map(load)
+        sources = tuple(source for source, _ in self.mixture)
+        load = Load(sources, self.decode, labels, self.max_corrupt, places)
+        steps = steps.map_with_index(load)
         workers = self.processes(local, min(len(steps) * local, sys.maxsize))
         if not workers:
             ahead = min(cores(), 8)
@@ -156,7 +168,7 @@ class Pipeline:
         return Batches(one.mp_prefetch(options, worker_init_fn=off_device), load, masked)
 
     def processes(self, local: int, records: int) -> int:
-        """How many workers: as asked, or one for each core but one where that repays its start."""
+        """The number of workers: as asked, or one per core but one where that is faster."""
         small = records < 20_000 or all(source.resident for source, _ in self.mixture)
         few = 0 if small or cores() <= 2 else min(cores() - 1, 32)
         workers = few if self.workers is None else self.workers
@@ -174,16 +186,17 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Load:
-    """Record numbers [B] -> batch, `valid`, and what was `dropped` on the way.
+    """Reads the batch of given record numbers [B], with `valid` and what was `dropped` on the way.
 
     A record that cannot be read or decoded gives way to the next one of its source, which depends
     on nothing but the records; so the law holds with corrupt data too.
     """
 
     sources: tuple[Source, ...]
-    decode: Decode
+    decode: Decode | None
     labels: bool
     max_corrupt: float
+    places: order.Places
 
     @cached_property
     def ends(self) -> list[int]:
@@ -193,37 +206,50 @@ class Load:
         """How many corrupt records source k may have."""
         return max(self.max_corrupt > 0, int(self.max_corrupt * len(self.sources[k])))
 
-    def __call__(self, indices: np.ndarray) -> dict[str, Any]:
+    def __call__(self, step: int, indices: np.ndarray) -> dict[str, Any]:
+        if self.decode is None and len(self.sources) == 1:
+            return self.gathered(indices)
         indices, dropped, examples, valid = indices.tolist(), {}, [], []
-        places = [self.place(index) for index in indices]
-        records = self.records(places)
-        for index, place in zip(indices, places, strict=True):
+        located = [self.locate(index) for index in indices]
+        records = self.records(located)
+        places = self.places.of(step, len(indices))
+        for index, (k, at), place in zip(indices, located, places, strict=True):
             beyond = index >= self.ends[-1]  # pads an epoch: any example will do
             if not (beyond and examples):
-                example, hops = self.example(*place, records, dropped)
+                example, hops = self.example(k, at, place, records, dropped)
             examples.append(example)
             valid.append(not beyond and not hops)
         batch = {name: np.stack([e[name] for e in examples]) for name in examples[0]}
         return {**batch, "valid": np.array(valid), "dropped": tuple(dropped.items())}
 
-    def place(self, index: int) -> tuple[int, int]:
-        """A number over all sources -> (source, number in it)."""
+    def gathered(self, indices: np.ndarray) -> dict[str, Any]:
+        """The batch of a source of arrays, by one indexing of each."""
+        [source] = self.sources
+        arrays = source.gather(indices % self.ends[-1])
+        label = arrays.pop("label", None)
+        if self.labels:
+            missing = np.full(len(indices), -1, np.int32)
+            arrays["label"] = missing if label is None else label.astype(np.int32)
+        return {**arrays, "valid": indices < self.ends[-1], "dropped": ()}
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The source that holds a record number over all sources, and the number there."""
         index %= self.ends[-1]
         k = bisect_right(self.ends, index)
         return k, index - (self.ends[k - 1] if k else 0)
 
-    def records(self, places: list[tuple[int, int]]) -> dict[tuple[int, int], Any]:
-        """What one reading of each source gives; nothing of a source where that fails."""
-        found = {}
+    def records(self, located: list[tuple[int, int]]) -> dict[tuple[int, int], Any]:
+        """The records of a batch by (source, number), without sources that fail as a whole."""
+        records = {}
         for k, source in enumerate(self.sources):
-            wanted = sorted({at for j, at in places if j == k})
+            wanted = sorted({at for j, at in located if j == k})
             with contextlib.suppress(Exception):  # read one by one, the bad record has a name
-                found |= zip([(k, at) for at in wanted], source.records(wanted), strict=True)
-        return found
+                records |= zip([(k, at) for at in wanted], source.records(wanted), strict=True)
+        return records
 
     def example(
-        self, k: int, first: int, records: dict, dropped: dict
-    ) -> tuple[dict[str, np.ndarray], int]:
+        self, k: int, first: int, place: int, records: dict, dropped: dict
+    ) -> tuple[Example, int]:
         """The first good example of source k from `first` on, and how many were not."""
         source, bad = self.sources[k], {}
         for hops in range(min(self.limit(k) + 1, len(source))):
@@ -231,7 +257,7 @@ class Load:
             record = records.get((k, at))
             try:
                 record = record or read(source, at)
-                example = self.decode(record)
+                example = self.decoded(record, place)
             except DataError:
                 raise
             except Exception as error:  # decoders raise what they like: SyntaxError, struct.error
@@ -243,6 +269,11 @@ class Load:
             dropped.update(bad)
             return example, hops
         raise too_many({name: reason for (_, name), reason in bad.items()}, source)
+
+    def decoded(self, record: Record, place: int) -> Example:
+        if self.decode is None:
+            return {name: x for name, x in record.items() if name not in ("label", "name")}
+        return self.decode(record, self.places.rng(place))
 
 
 class Batches(Iterator[Batch]):
@@ -288,26 +319,12 @@ class Batches(Iterator[Batch]):
 
 
 def end(elements: list) -> None:
-    """Stop a Grain iterator and let go of it: alive at exit, it would complain."""
+    """Close a Grain iterator, which would log an error if it were alive at exit."""
     elements.pop().close()
 
 
-def owned(array: np.ndarray) -> np.ndarray:
-    """A worker's array without Grain's wrapper: its segment has lost its name already, so nothing
-    is left behind however the program ends, and lives as long as the array."""
-    memory = getattr(array, "shm", None)
-    if memory is None:
-        return array
-    array._unlink_on_del = False
-    memory.unlink()
-    plain = np.ndarray(array.shape, array.dtype, buffer=memory._mmap)
-    memory.buf.release()
-    memory._buf = memory._mmap = None  # the mapping is the array's now; close() keeps off it
-    return plain
-
-
 def read(source: Source, index: int) -> dict[str, Any]:
-    """source[index]; a file that went away stops the run, as skipping it would break the law."""
+    """source[index]; raises DataError for a missing file, which is no corrupt record."""
     try:
         return source[index]
     except OSError as error:
@@ -326,73 +343,6 @@ def too_many(dropped: Mapping[str, str], source: Source) -> DataError:
     )
 
 
-def part(batch_size: int, host: int, hosts: int) -> int:
-    """Examples a host holds of each global batch."""
-    if batch_size < 1 or batch_size % hosts:
-        raise DataError(f"a global batch of {batch_size} does not divide among {hosts} hosts")
-    if not 0 <= host < hosts:
-        raise DataError(f"host {host} of {hosts}: hosts count from 0")
-    return batch_size // hosts
-
-
-def seed_of(seed: int, k: int) -> int:
-    """The shuffle of source k. Hashed: Grain's epochs are seed, seed + 1, ..., so that otherwise
-    the run with the next seed would see this run's second epoch first."""
-    return int(np.random.SeedSequence([seed, k]).generate_state(1)[0])
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def off_device(worker: int, workers: int) -> None:
-    """In a worker: it ends with its parent, and should anything start jax there, it must not take
-    the accelerator."""
-    del worker, workers
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if "jax" in sys.modules:  # Grain has imported it, and with it read the environment
-        sys.modules["jax"].config.update("jax_platforms", "cpu")
-
-
-def end_with_parent() -> None:
-    """A parent killed outright tells nobody."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def mark_flags_parsed() -> None:
-    """Grain reads absl flags, which nobody parses outside an absl program."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-
-
-@contextlib.contextmanager
-def spawning():
-    """Workers started within never hear Ctrl-C and SIGTERM, which go to all processes of a terminal
-    or job: when they end is for the run to say, once it has saved what it reached."""
-    resource_tracker.ensure_running()  # started later, it would let the signals through again
-    heard = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        with without_main():
-            yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-
-
-@contextlib.contextmanager
-def without_main():
-    """Keep spawned workers from running the user's program again: they have no need of it, as
-    what is defined there is pickled whole, and a script without the __main__ guard would fork."""
-    main = sys.modules["__main__"]
-    hidden = {
-        name: main.__dict__.pop(name) for name in ("__spec__", "__file__") if name in vars(main)
-    }
-    main.__spec__ = None
-    try:
-        yield
-    finally:
-        main.__dict__.update({"__spec__": None} | hidden)
+def owned(array: np.ndarray) -> np.ndarray:
+    """The array as a plain one; copied where it lies in a worker's shared memory."""
+    return array if type(array) is np.ndarray else np.array(array)

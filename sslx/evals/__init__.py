@@ -1,20 +1,18 @@
-"""Frozen backbones become numbers: k-NN, linear probe, health; each yields (name, value)."""
+"""Evaluations of frozen encoders: k-NN, linear probe, health, perplexity, reconstructions."""
 
-from sslx.evals.features import Counts, Features, Pixels, extract
+from sslx.evals.features import Features, extract
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
-from sslx.evals.linear import Linear
+from sslx.evals.linear import LinearProbe
 from sslx.evals.probes import Probes
 from sslx.evals.text import Perplexity, fill
 
 __all__ = [
     "KNN",
-    "Counts",
     "Features",
     "Health",
-    "Linear",
+    "LinearProbe",
     "Perplexity",
-    "Pixels",
     "Probes",
     "extract",
     "fill",

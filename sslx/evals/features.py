@@ -1,27 +1,30 @@
-"""A frozen backbone over a labelled set: examples in, one float32 vector and one label each out."""
+"""Features of a labelled set: an encoder's pooled tokens and the labels, as NumPy arrays."""
 
 import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sslx.models.heads import Pool, pooled
+from sslx.models.encoder import Encoder, Pool
 from sslx.sharding import ways
-from sslx.types import Array, Tree
+from sslx.types import Array
 
 View = Callable[[Array, Any], Any]  # (key, batch) -> batch that the encoder reads
-# The leaves of a batch that an encoder gets, in order, by what it `reads`.
-LEAVES = {"image": ("image",), "tokens": ("tokens", "segments")}
-COLUMNS = 8192  # of word counts
+# Called with (what is being done, batches done, batches in all): a progress bar.
+Progress = Callable[[str, int, int], None]
+
+
+def unheard(task: str, done: int, total: int) -> None:
+    """A Progress that shows nothing."""
+
+
 IN_FLIGHT = 4  # batches dispatched before the oldest one's features are fetched
 
 
@@ -50,7 +53,7 @@ class Features:
 
     @property
     def classes(self) -> int:
-        """One more than the largest label; a class without examples is merely never seen.
+        """The number of classes: one more than the largest label.
 
         Raises ValueError where examples have no label (-1).
         """
@@ -58,71 +61,43 @@ class Features:
         if unlabelled:
             raise ValueError(
                 f"{unlabelled} of {len(self.label)} examples have no label (-1): probe on a source "
-                f"with a label on every record, or with Health alone, Probes(on=(Health(),))."
+                f"with a label on every record (class folders, a `label` column), or with Health "
+                f"alone, Probes(on=(Health(),))."
             )
         return int(self.label.max()) + 1
 
 
-class Pixels(nn.Module):
-    """The encoder that does nothing: one token, the view's pixels. Its probes are the floor."""
-
-    prefix: ClassVar[int] = 0
-    reads: ClassVar[str] = "image"
-
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        return x.reshape(len(x), 1, -1)  # [B, 1, H * W * C]
-
-
-class Counts(nn.Module):
-    """The floor of text: one token, how often each id below `size` occurs in a window.
-
-    Beyond COLUMNS ids share columns (the hashing trick, arXiv:0902.2206): 32 KiB a text at most.
-    """
-
-    size: int
-    prefix: ClassVar[int] = 0
-    reads: ClassVar[str] = "tokens"
-
-    def __call__(self, tokens: Array, segments: Array, train: bool = False) -> Array:
-        real, columns = segments > 0, min(self.size, COLUMNS)
-        row = jnp.arange(len(tokens))[:, None]
-        counts = jnp.zeros((len(tokens), columns)).at[row, tokens % columns].add(real)
-        return (counts / jnp.maximum(real.sum(1, keepdims=True), 1))[:, None]  # [B, 1, columns]
-
-
 def extract(
-    module: nn.Module,
-    variables: Tree,
+    encoder: Encoder,
     view: View,
     batches: Iterable[dict[str, np.ndarray]],
     pool: Pool = "mean",
     sharding: NamedSharding | None = None,
     seed: int = 0,
+    advanced: Callable[[], None] = lambda: None,
 ) -> Features:
     """Features of every valid row of finite labelled batches, one forward pass each.
 
-    A batch is label int32 [B], valid bool [B] and what the view reads: image uint8 [B, H, W, C]
-    and maybe more, or tokens and segments int32 [B, L]. It is this process's rows where there are
-    several, and then all receive all features.
+    A batch is valid bool [B], the leaves that the view reads, and label int32 [B]; without labels
+    they are -1. With several processes it is this process's rows, and every process receives all
+    features.
     `sharding` places axis 0 of a batch. Batch i is rendered under fold_in(key(seed), i). One
-    compilation per (module, view, pool, sharding) and shape, whatever the variables.
+    compilation per (network, view, pool, sharding) and shape, whatever the variables. `advanced` is
+    called after each batch.
     """
-    run = _forward(module, view, pool, sharding)
+    run = _forward(view, pool, sharding)
     pending, rows = deque(), []
 
     def fetch():
         x, label, valid = jax.device_get(pending.popleft())
         rows.append((x[valid], label[valid]))
+        advanced()
 
     for i, batch in enumerate(batches):
-        if "label" not in batch:
-            raise ValueError(
-                f"Probes read label [B] but this batch has only {', '.join(batch)}: name a source "
-                f"with labels (class folders, a `label` column) as their train and test."
-            )
-        batch = placed(batch, sharding)
+        unlabelled = {"label": np.full(len(batch["valid"]), -1, np.int32)}
+        batch = placed(unlabelled | batch, sharding)
         with jax.transfer_guard("allow"):  # of two scalars
-            pending.append(run(variables, batch, np.uint32(seed), np.int32(i)))
+            pending.append(run(encoder, batch, np.uint32(seed), np.int32(i)))
         if len(pending) > IN_FLIGHT:
             fetch()
     while pending:
@@ -133,16 +108,13 @@ def extract(
 
 
 @functools.lru_cache(maxsize=16)
-def _forward(module, view, pool, sharding):
-    """The jitted (variables, batch, seed, i) -> (x, label, valid), replicated over the mesh."""
+def _forward(view, pool, sharding):
+    """The jitted (encoder, batch, seed, i) -> (x, label, valid), replicated over the mesh."""
 
-    def forward(variables, batch, seed, i):
+    def forward(encoder, batch, seed, i):
         key = jax.random.fold_in(jax.random.key(seed), i)
-        seen = view(key, batch)
-        leaves = LEAVES[getattr(module, "reads", "image")]  # an encoder of images may not say it
-        tokens = module.apply(variables, *(seen[leaf] for leaf in leaves), train=False)  # [B, N, D]
-        real = seen["segments"] > 0 if "segments" in leaves else None
-        return pooled(tokens, module.prefix, pool, real), batch["label"], batch["valid"]
+        x = encoder.pooled(view(key, batch), pool)
+        return x, batch["label"], batch["valid"]
 
     # Replicated outputs: each process then reads all rows from its own devices.
     return jax.jit(forward, out_shardings=sharding and NamedSharding(sharding.mesh, P()))

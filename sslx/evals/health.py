@@ -1,8 +1,9 @@
-"""Is the representation alive? Numbers that need no classifier."""
+"""Health of a representation: measures of collapse that need no classifier."""
 
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sslx.evals.features import Features, local_mesh
+from sslx.evals.features import Features, Progress, local_mesh, unheard
 
 CHUNK = 512  # rows of one block of distances
 
@@ -23,6 +24,7 @@ class Health:
     given: a function of nothing that returns features [n, D] of two renderings of n images.
     """
 
+    name: ClassVar[str] = "health"
     rows: int = 8192
     seed: int = 0
 
@@ -31,6 +33,7 @@ class Health:
         train: Features,
         test: Features,
         pairs: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
+        progress: Progress = unheard,
     ) -> Iterator[tuple[str, float]]:
         order = np.random.default_rng(self.seed).permutation(len(test.x))
         some = test.x[order[: self.rows]]

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sslx.evals.features import Features, local_mesh
+from sslx.evals.features import Features, Progress, local_mesh, unheard
 
 QUERIES, BANK = 1024, 8192  # rows of one block of similarities
 
@@ -23,14 +24,23 @@ class KNN:
     exp(similarity / temperature). The bank lies on each device whole: n * D * 4 bytes.
     """
 
+    name: ClassVar[str] = "knn"
     k: int = 20
     temperature: float = 0.07
 
-    def __call__(self, train: Features, test: Features, pairs=None) -> Iterator[tuple[str, float]]:
-        predicted = self.predict(train, test.x)
+    def __call__(
+        self, train: Features, test: Features, pairs=None, progress: Progress = unheard
+    ) -> Iterator[tuple[str, float]]:
+        predicted = self.predict(train, test.x, progress=progress)
         yield "knn/top1", float((predicted == test.label).mean())
 
-    def predict(self, train: Features, x: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
+    def predict(
+        self,
+        train: Features,
+        x: np.ndarray,
+        mesh: Mesh | None = None,
+        progress: Progress = unheard,
+    ) -> np.ndarray:
         """The predicted labels int32 [n] of features x [n, D]; on `mesh`, or local devices."""
         if self.k > len(train.x):
             raise ValueError(
@@ -55,14 +65,15 @@ class KNN:
                 for i in starts
             ]
         out = np.empty(len(x), np.int32)
-        for i, vote in zip(starts, jax.device_get(votes), strict=True):
-            out[i : i + chunk] = vote
+        for done, (i, vote) in enumerate(zip(starts, votes, strict=True), 1):
+            out[i : i + chunk] = jax.device_get(vote)
+            progress("k-NN", done, len(starts))
         return out
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _vote(query, bank, label, k, temperature, classes):
-    """Predictions [Q] of queries [Q, D], each device on its own rows of them."""
+    """The predicted labels [Q] of queries [Q, D], sharded over devices by rows."""
 
     def vote(query, bank, label):
         s, y = nearest(query, bank, label, k)  # [Q, k]

@@ -1,4 +1,4 @@
-"""What a masked autoencoder sees and says, as one picture."""
+"""A masked autoencoder's reconstructions, as one picture."""
 
 import contextlib
 import functools
@@ -13,12 +13,15 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sslx.config import Eval
+from sslx.evals.features import Progress, unheard
 from sslx.evals.probes import Labelled
 from sslx.types import Array, Buffers, Params
+from sslx.views import Views
 
 
 @dataclass(frozen=True)
-class Reconstructions:
+class Reconstructions(Eval):
     """A row for each of the first `count` pictures: whole, masked, reconstructed.
 
     Needs an objective with `reconstruct(params, batch, key) -> [B, V, H, W, C]`; the same masks
@@ -34,10 +37,16 @@ class Reconstructions:
         self.data.check()
 
     def __call__(
-        self, objective: Any, params: Params, buffers: Buffers, views: Any, sharding=None
+        self,
+        objective: Any,
+        params: Params,
+        buffers: Buffers,
+        views: Views,
+        sharding: NamedSharding | None = None,
+        progress: Progress = unheard,
     ) -> Iterator[tuple[str, np.ndarray]]:
         with contextlib.closing(self.data.epoch(self.count)) as epoch:
-            batch = {name: x for name, x in next(epoch).items() if name in ("image", "extent")}
+            batch = {name: x for name, x in next(epoch).items() if name not in ("label", "valid")}
         panels = jax.device_get(_panels(objective, views.eval, sharding, params, batch))
         panels = np.clip(panels * np.asarray(self.std) + np.asarray(self.mean), 0, 1)
         panels = np.rint(panels * 255).astype(np.uint8)

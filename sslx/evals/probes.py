@@ -1,29 +1,35 @@
-"""The evaluation that a Config holds: a backbone and two labelled sets become a few numbers."""
+"""Probes: what the frozen features of a labelled set are worth, as a few numbers."""
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import NamedSharding
 
-from sslx.evals.features import Features, Pool, dealt, extract
+from sslx.config import Eval, unknown
+from sslx.evals.features import Features, Progress, dealt, extract, unheard
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
-from sslx.evals.linear import Linear
-from sslx.types import Array, Buffers, Params, Tree
+from sslx.evals.linear import LinearProbe
+from sslx.models.encoder import Encoder, Pool
+from sslx.objectives.base import Objective
+from sslx.types import Array, Buffers, Params
+from sslx.views import Views
 
 Pairs = Callable[[], tuple[np.ndarray, np.ndarray]]
-Probe = Callable[[Features, Features, Pairs], Iterator[tuple[str, float]]]
+# A value with a `name`, or a function.
+Probe = Callable[[Features, Features, Pairs | None, Progress], Iterator[tuple[str, float]]]
 
 
 @runtime_checkable
 class Labelled(Protocol):
-    """What a probe reads: every labelled example once, in batches of one shape; closable.
+    """A labelled set: every example once, in batches of one shape.
 
     And `labelled`, whether records have labels: no member here, for isinstance would read it, and
     so open the files, when a recipe is built.
@@ -31,23 +37,27 @@ class Labelled(Protocol):
 
     def check(self) -> None: ...
 
+    def __len__(self) -> int: ...
+
     def epoch(self, batch_size: int, host: int = 0, hosts: int = 1) -> Iterator[dict]: ...
 
 
 @dataclass(frozen=True)
-class Probes:
+class Probes(Eval):
     """k-NN, linear probe and health of frozen features, on labels that pretraining never read.
 
     Both sets are rendered by the recipe's eval view. The alignment of `Health` is that of two
-    train views of the first `pairs` test examples, the same at every call.
+    train views of the first `pairs` test examples, the same at every call. `encoder` names the
+    objective's encoder to probe; by default it is the first.
     """
 
     train: Labelled
     test: Labelled
-    on: tuple[Probe, ...] = (KNN(), Linear(), Health())
+    on: tuple[Probe, ...] = (KNN(), LinearProbe(), Health())
     pool: Pool = "mean"
     batch_size: int = 256
     pairs: int = 2048
+    encoder: str | None = None
 
     def check(self) -> None:
         """Raise ValueError now if a set cannot be opened or has no labels."""
@@ -60,41 +70,95 @@ class Probes:
                 )
 
     def __call__(
-        self, objective: Any, params: Params, buffers: Buffers, views: Any, sharding=None
+        self,
+        objective: Objective,
+        params: Params,
+        buffers: Buffers,
+        views: Views,
+        sharding: NamedSharding | None = None,
+        progress: Progress = unheard,
     ) -> Iterator[tuple[str, float]]:
-        """(name, value) for the backbone of `objective`; `sharding` places axis 0 of a batch."""
-        return self.measure(*objective.backbone(params, buffers), views, sharding)
+        encoder = self.choose(objective, params, buffers)
+        return self.measure(encoder, views, sharding, progress)
+
+    def floors(
+        self,
+        objective: Objective,
+        params: Params,
+        buffers: Buffers,
+        views: Views,
+        sharding: NamedSharding | None = None,
+        progress: Progress = unheard,
+    ) -> dict[str, dict[str, float]]:
+        """The same numbers of the raw input, which needs no encoder, under the floor's name."""
+        floor = self.choose(objective, params, buffers).floor
+        if floor is None:
+            return {}
+        return {floor.network.name: dict(self.measure(floor, views, sharding, progress))}
+
+    def parts(self) -> tuple[str, ...]:
+        return tuple(getattr(probe, "name", None) or probe.__name__ for probe in self.on)
+
+    def only(self, names: Collection[str]) -> "Probes":
+        kept = zip(self.parts(), self.on, strict=True)
+        return dataclasses.replace(self, on=tuple(probe for name, probe in kept if name in names))
+
+    def choose(self, objective: Objective, params: Params, buffers: Buffers) -> Encoder:
+        """The objective's encoder that this probe is about."""
+        encoders = objective.encoders(params, buffers)
+        name = self.encoder or next(iter(encoders))
+        if name not in encoders:
+            raise unknown(name, encoders, f"{type(objective).__name__}.encoders()")
+        return encoders[name]
 
     def measure(
-        self, module: nn.Module, variables: Tree, views: Any, sharding: NamedSharding | None = None
+        self,
+        encoder: Encoder,
+        views: Views,
+        sharding: NamedSharding | None = None,
+        progress: Progress = unheard,
     ) -> Iterator[tuple[str, float]]:
-        """(name, value) for any encoder; `measure(Pixels(), {}, views)` is the raw-pixel floor."""
+        """(name, value) for any encoder, such as `encoder.floor`."""
         batch_size, host, hosts = dealt(self.batch_size, sharding)
 
-        def features(data, view, batches=None, seed=0):
+        def features(task, data, view, most=None, seed=0):
+            total = -(-len(data) // batch_size)
+            steps = iter(range(1, total + 1))
             with contextlib.closing(data.epoch(batch_size, host, hosts)) as epoch:
-                some = islice(epoch, batches)
-                return extract(module, variables, view, some, self.pool, sharding, seed)
+                return extract(
+                    encoder,
+                    view,
+                    islice(epoch, most),
+                    self.pool,
+                    sharding,
+                    seed,
+                    lambda: progress(task, next(steps, total), min(total, most or total)),
+                )
 
         @functools.cache
         def pairs():  # only if a probe asks
-            batches = -(-self.pairs // batch_size)
-            sides = ((Rendering(views.train, 0), 0), (Rendering(views.train, -1), 1))
-            return tuple(features(self.test, view, batches, seed).x for view, seed in sides)
+            most = -(-self.pairs // batch_size)
+            sides = ((Rendering(views, 0), 0), (Rendering(views, -1), 1))
+            return tuple(features("pairs", self.test, view, most, seed).x for view, seed in sides)
 
-        train, test = features(self.train, views.eval), features(self.test, views.eval)
-        pictures = getattr(module, "reads", "image") == "image"  # a text has no two renderings
+        train = features("features of train", self.train, views.eval)
+        test = features("features of test", self.test, views.eval)
+        augmented = views.train != views.eval  # else an example has no two renderings
         for probe in self.on:
-            yield from probe(train, test, pairs if pictures else None)
+            yield from probe(train, test, pairs if augmented else None, progress)
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """One of the V images of a train view, as the batch of a single view."""
+    """One of the renderings of the train view, as a batch that looks like the eval view's."""
 
-    view: Callable
+    views: Views
     index: int
 
-    def __call__(self, key: Array, batch: dict) -> dict:
-        image = self.view(key, batch)["image"]  # [B, V, H, W, C], or [B, H, W, C] where V is 1
-        return {"image": image if image.ndim == 4 else image[:, self.index]}
+    def __call__(self, key: Array, batch: dict[str, Any]) -> dict[str, Array]:
+        seen = self.views.train(key, batch)
+        single = jax.eval_shape(self.views.eval, key, batch)
+        return {
+            name: x[:, self.index] if name in single and x.ndim > single[name].ndim else x
+            for name, x in seen.items()
+        }

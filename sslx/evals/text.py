@@ -1,7 +1,8 @@
-"""What a masked language model makes of held-out text."""
+"""How well a masked language model predicts held-out text, and its guesses for single words."""
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,14 +15,16 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sslx.evals.features import dealt, placed
+from sslx.config import Eval
+from sslx.evals.features import Progress, dealt, placed, unheard
 from sslx.evals.probes import Labelled
 from sslx.objectives.mlm import MLM
 from sslx.types import Array, Buffers, Params
+from sslx.views import Views
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(Eval):
     """Masked perplexity and accuracy on held-out windows, the same masks at every call.
 
     As the objective masks; what it swaps and leaves alone counts too. Beside them the numbers of
@@ -37,11 +40,18 @@ class Perplexity:
         self.data.check()
 
     def __call__(
-        self, objective: MLM, params: Params, buffers: Buffers, views: Any, sharding=None
+        self,
+        objective: MLM,
+        params: Params,
+        buffers: Buffers,
+        views: Views,
+        sharding: NamedSharding | None = None,
+        progress: Progress = unheard,
     ) -> Iterator[tuple[str, float]]:
         batch_size, host, hosts = dealt(self.batch_size, sharding)
         run, sums = _sums(objective, views.eval, sharding), []
         counts = None  # of targets by id [V], all batches together
+        total = min(-(-len(self.data) // batch_size), self.batches or sys.maxsize)
         with contextlib.closing(self.data.epoch(batch_size, host, hosts)) as epoch:
             for i, batch in enumerate(islice(epoch, self.batches)):
                 batch = {name: x for name, x in batch.items() if name != "label"}
@@ -50,17 +60,18 @@ class Perplexity:
                     loss, right, more = run(params, batch, np.int32(i))
                 sums.append((loss, right))
                 counts = more if counts is None else jax.block_until_ready(counts) + more
+                progress("perplexity", i + 1, total)
         if not sums:
             raise ValueError("No windows to predict words of: the held-out pipeline is empty.")
         loss, right = np.sum(jax.device_get(sums), 0, dtype=np.float64)
         counts = np.asarray(jax.device_get(counts), np.float64)
-        total = counts.sum()
-        if not total:
+        targets = counts.sum()
+        if not targets:
             raise ValueError("No word of the held-out windows can be masked: all are special.")
-        share = counts[counts > 0] / total
-        yield "mlm/loss", float(loss / total)
-        yield "mlm/perplexity", float(np.exp(loss / total))
-        yield "mlm/accuracy", float(right / total)
+        share = counts[counts > 0] / targets
+        yield "mlm/loss", float(loss / targets)
+        yield "mlm/perplexity", float(np.exp(loss / targets))
+        yield "mlm/accuracy", float(right / targets)
         yield "unigram/perplexity", float(np.exp(-(share * np.log(share)).sum()))
         yield "unigram/accuracy", float(share.max())
 

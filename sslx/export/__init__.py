@@ -1,1 +1,1 @@
-"""Trained weights out to other libraries and in from them, without torch and without them."""
+"""Checkpoints for other libraries and from them, written and read without these libraries."""

@@ -1,0 +1,1 @@
+"""Encoders, heads and decoders: Linen modules that name the axes of their params."""

@@ -1,4 +1,4 @@
-"""What stands on an encoder while it trains and is thrown away after: projectors, predictors."""
+"""Projection and prediction heads, which train beside an encoder and are dropped afterwards."""
 
 import functools
 from typing import Literal
@@ -9,12 +9,12 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from sslx.models.encoder import Pool, pooled
 from sslx.models.layers import BatchNorm, Dense
 from sslx.sharding import constrain
 from sslx.types import Array
 
 Where = Literal["none", "hidden", "all"]  # in no layer, in all but the last, in every one
-Pool = Literal["mean", "first"]
 
 
 class Head(nn.Module):
@@ -96,25 +96,7 @@ class Siamese(nn.Module):
 
     def encode(self, image: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B D"]:
         """The mean of the patch tokens, or the first token, in float32."""
-        return pooled(self.encoder(image, train), self.encoder.prefix, self.pool)
+        return pooled(self.encoder(image, train), self.encoder.signature.prefix, self.pool)
 
     def project(self, h: Float[Array, "B D"], train: bool = False) -> Float[Array, "B P"]:
         return self.projector(h, train)
-
-
-def pooled(tokens: Array, prefix: int, pool: Pool, real: Array | None = None) -> Array:
-    """[B, N, D] -> float32 [B, D]: the mean of the patch tokens, or the first, a class token.
-
-    `real` [B, N] is false for padding, which a mean leaves out; a single token stands for all.
-    """
-    if tokens.ndim != 3:
-        raise ValueError(f"An encoder gives tokens [B, N, D] but this one gave {tokens.shape}.")
-    if pool == "first" and prefix == 0:
-        raise ValueError("pool='first' needs a class token: use pool='mean'.")
-    tokens = tokens.astype(jnp.float32)
-    if pool == "first":
-        return tokens[:, 0]
-    if real is None or real.shape != tokens.shape[:2]:
-        return tokens[:, prefix:].mean(1)
-    weight = real[..., None].astype(jnp.float32)  # [B, N, 1]
-    return (tokens * weight).sum(1) / jnp.maximum(weight.sum(1), 1)

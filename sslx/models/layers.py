@@ -1,5 +1,6 @@
 """Linen layers that name the logical axis of every dimension they create."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class Table(nn.Module):
         self.table = self.param("table", init, (self.rows, self.features), jnp.float32)
 
     def whole(self, dtype: DTypeLike) -> Float[Array, "V D"]:
-        """Whole along fsdp, as in Dense."""
+        """The table gathered along fsdp, as in Dense."""
         names = (None if name == "embed" else name for name in self.axes)
         return constrain(jnp.asarray(self.table, dtype), *names)
 
@@ -134,8 +135,11 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        named = functools.partial(
+            nn.with_logical_partitioning, names=(None,)
+        )  # a scan adds its own
+        scale = self.param("scale", named(nn.initializers.ones), x.shape[-1:], jnp.float32)
+        bias = self.param("bias", named(nn.initializers.zeros), x.shape[-1:], jnp.float32)
         x = x.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
@@ -258,14 +262,14 @@ def attention_for(dtype: DTypeLike) -> Callable[[Array, Array | None], Array]:
 
 
 def same(segments: Int[Array, "B N"]) -> Bool[Array, "B 1 N N"]:
-    """Which tokens see which. Padding sees itself, so that no softmax is over nothing."""
+    """Which tokens attend to which: those of one segment; padding attends to padding."""
     return (segments[:, :, None] == segments[:, None, :])[:, None]
 
 
 def flash(
     qkv: Float[Array, "B N 3 heads d"], segments: Int[Array, "B N"] | None = None
 ) -> Float[Array, "B N heads d"]:
-    """cuDNN's, which writes no scores to memory. It wants half precision and an even length."""
+    """cuDNN's attention, without scores in memory; for half precision and even lengths."""
     tokens = qkv.shape[1]
     odd = tokens % 2
     qkv = jnp.pad(qkv, ((0, 0), (0, odd), (0, 0), (0, 0), (0, 0)))
@@ -292,7 +296,7 @@ def dropped(
     segments: Int[Array, "B N"] | None,
     drop: Callable[[Array], Array],
 ) -> Float[Array, "B N heads d"]:
-    """Softmax attention whose shares lose some to `drop`, as BERT trains."""
+    """Softmax attention with dropout of its weights, as BERT trains."""
     q, k, v = (qkv[:, :, i] for i in range(3))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
     if segments is not None:

@@ -2,14 +2,15 @@
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from sslx.models.encoder import Floor, Signature
 from sslx.models.layers import BatchNorm, Conv, Init, he
+from sslx.ops.image import thumbnail
 from sslx.sharding import constrain
 from sslx.types import Array
 
@@ -29,7 +30,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Stem:
-    """What comes before the blocks: one convolution, and a max-pool 3x3 of stride 2 or none."""
+    """The first layers of a ResNet: one convolution, and maybe a max-pool 3x3 of stride 2."""
 
     kernel: int
     stride: int
@@ -88,8 +89,11 @@ class ResNet(nn.Module):
     last_gamma: float = 0.0  # of each block's last norm: 0 starts at the identity (1706.02677)
     kernel_init: Init = he
     dtype: DTypeLike = jnp.float32
-    prefix: ClassVar[int] = 0  # tokens in front of the positions
-    reads: ClassVar[str] = "image"
+
+    @property
+    def signature(self) -> Signature:
+        """Every token is a position of the feature map; compared with raw pixels."""
+        return Signature(("image",), floor=Floor("pixels", thumbnail))
 
     @nn.compact
     def __call__(
@@ -133,7 +137,7 @@ def resnet(depth: int | str, width: int = 1, **fields) -> ResNet:
 
 
 def expansion(kernels: tuple[int, ...]) -> int:
-    """How many times as many channels a block gives as it has inside."""
+    """The ratio of a block's output channels to its inner ones."""
     return 4 if kernels == BOTTLENECK else 1
 
 

@@ -6,14 +6,15 @@ other; positions count through the window, as where BERT and RoBERTa are trained
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from sslx.models.encoder import Floor, Signature
 from sslx.models.layers import Dense, Gelu, LayerNorm, Normal, Table
 from sslx.models.transformer import Form, Remat, Transformer
 from sslx.sharding import constrain
@@ -32,13 +33,52 @@ VARIANTS = {
 }
 
 # google-research/bert, `modeling.py`; transformers computes the same with gelu="erf".
-BERT_FORM = Form("post", 1e-12, "tanh", 0.1, 0.1, Normal(0.02, cut=2.0))
+BERT_FORM = Form(
+    norm="post",
+    epsilon=1e-12,
+    gelu="tanh",
+    dropout=0.1,
+    attention_dropout=0.1,
+    init=Normal(0.02, cut=2.0),
+)
 # fairseq, `models/roberta/model.py`
-ROBERTA_FORM = Form("post", 1e-5, "erf", 0.1, 0.1, Normal(0.02))
+ROBERTA_FORM = Form(
+    norm="post",
+    epsilon=1e-5,
+    gelu="erf",
+    dropout=0.1,
+    attention_dropout=0.1,
+    init=Normal(0.02),
+)
+
+
+# Columns of word counts at most: 32 KiB a text.
+COLUMNS = 8192
+
+
+@dataclass(frozen=True)
+class WordCounts:
+    """How often each id below `size` occurs in a window, as shares of its tokens [B, columns].
+
+    Beyond COLUMNS ids share columns (the hashing trick, arXiv:0902.2206).
+    """
+
+    size: int
+
+    def __call__(self, tokens: Array, segments: Array) -> Float[Array, "B F"]:
+        real, columns = segments > 0, min(self.size, COLUMNS)
+        row = jnp.arange(len(tokens))[:, None]
+        counts = jnp.zeros((len(tokens), columns)).at[row, tokens % columns].add(real)
+        return counts / jnp.maximum(real.sum(1, keepdims=True), 1)
+
+
+def unpadded(tokens: Array, segments: Array) -> Bool[Array, "B L"]:
+    """Which tokens are no padding."""
+    return segments > 0
 
 
 class TextEncoder(nn.Module):
-    """Token ids [B, L] -> tokens [B, L, D], each seeing its own segment; pads see pads.
+    """Token ids [B, L] -> tokens [B, L, D], each attending to its own segment.
 
     Without `segments` all that is no padding is one document. In training, `dropout` draws from the
     generator of that name: `apply(..., train=True, rngs={"dropout": key})`.
@@ -56,8 +96,12 @@ class TextEncoder(nn.Module):
     form: Form = BERT_FORM
     dtype: DTypeLike = jnp.float32
     remat: Remat = "dots"
-    prefix: ClassVar[int] = 0  # tokens that a mean leaves out
-    reads: ClassVar[str] = "tokens"
+
+    @property
+    def signature(self) -> Signature:
+        """Padding is no content; compared with counts of words."""
+        floor = Floor("word counts", WordCounts(self.vocabulary.size))
+        return Signature(("tokens", "segments"), real=unpadded, floor=floor)
 
     def setup(self):
         form, rows = self.form, self.length + self.offset
@@ -106,7 +150,7 @@ class TextEncoder(nn.Module):
         return self.transformer(x, segments, train)
 
 
-class Head(nn.Module):
+class LMHead(nn.Module):
     """Tokens [..., D] -> float32 logits [..., V]: dense, GELU, norm, then `compare`, and a bias.
 
     `compare` gives the inner products with the encoder's own word vectors.
@@ -140,7 +184,7 @@ class MaskedLM(nn.Module):
 
     def setup(self):
         of = self.encoder
-        self.head = Head(of.vocabulary.size, of.form, self.gelu or of.form.gelu, of.dtype)
+        self.head = LMHead(of.vocabulary.size, of.form, self.gelu or of.form.gelu, of.dtype)
 
     def __call__(
         self,

@@ -19,7 +19,7 @@ Remat = Literal["none", "dots", "full"]
 
 
 def flashed(primitive, *_, **__) -> bool:
-    """Saveable is what cuDNN's attention gives: its output and the sums of its softmax."""
+    """A remat policy that saves the outputs of cuDNN's attention."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
@@ -40,7 +40,7 @@ POLICIES: dict[str, Callable[..., bool]] = {
 
 @dataclass(frozen=True)
 class Form:
-    """What transformers of one size differ in; the default is ViT's.
+    """The form of a transformer of a given size; the default is ViT's.
 
     norm     before attention and MLP, with one more at the end of the stack, or after each is added
     dropout  of what attention and MLP add; `attention_dropout` of attention's shares

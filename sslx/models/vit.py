@@ -1,14 +1,14 @@
 """Vision Transformer (arXiv:2010.11929) with fixed sin-cos positions, as MAE trains it."""
 
-from typing import ClassVar
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from sslx.models.encoder import Floor, Signature
 from sslx.models.layers import Dense
 from sslx.models.transformer import Remat, Transformer
+from sslx.ops.image import thumbnail
 from sslx.ops.patches import grid, patchify
 from sslx.ops.positions import sincos_2d
 from sslx.sharding import constrain
@@ -38,8 +38,11 @@ class ViT(nn.Module):
     mlp_ratio: float = 4.0
     dtype: DTypeLike = jnp.float32
     remat: Remat = "dots"
-    prefix: ClassVar[int] = 1  # tokens in front of the patches
-    reads: ClassVar[str] = "image"
+
+    @property
+    def signature(self) -> Signature:
+        """One class token in front of the patches; compared with raw pixels."""
+        return Signature(("image",), prefix=1, floor=Floor("pixels", thumbnail))
 
     @nn.compact
     def __call__(

@@ -1,14 +1,15 @@
-"""What every method is: four pure functions over pytrees, and three helpers around Linen."""
+"""The interface of every method, four pure functions over pytrees, and helpers for Linen."""
 
 import abc
 
 from flax import linen as nn
 
+from sslx.models.encoder import Encoder
 from sslx.types import Array, Batch, Buffers, Metrics, Params, Tree
 
 
 class Objective(abc.ABC):
-    """Something to minimize, to a training step what an optax transformation is to a gradient.
+    """A pretraining method: its params and buffers, its loss, and the encoders it trains.
 
     Subclasses are final, frozen dataclasses of Linen modules, numbers and schedules. They see
     global batches and never a gradient, mesh, device, file or collective.
@@ -24,14 +25,26 @@ class Objective(abc.ABC):
     ) -> tuple[Array, tuple[Buffers, Metrics]]:
         """The scalar to minimize on one global batch, with moved buffers and scalar metrics."""
 
-    def update(self, params: Params, buffers: Buffers, step: Array) -> Buffers:
-        """Buffers after the optimizer moved params; the place of a slow target's average."""
-        del params, step
-        return buffers
+    def update(self, params: Params, buffers: Buffers, step: Array) -> tuple[Params, Buffers]:
+        """Params and buffers after the optimizer moved the params.
+
+        The place of a slow target's average, of a clamp, of params that are set and not learned.
+        """
+        del step
+        return params, buffers
 
     @abc.abstractmethod
-    def backbone(self, params: Params, buffers: Buffers) -> tuple[nn.Module, Tree]:
-        """The encoder worth keeping and its variables; applied to x it gives tokens [B, N, D]."""
+    def encoders(self, params: Params, buffers: Buffers) -> dict[str, Encoder]:
+        """The encoders worth keeping, by name; the first is the default of probes and export."""
+
+    def coupling(self, buffers: Buffers) -> str:
+        """Why the batch's loss is not the mean of its micro-batches' losses; empty where it is.
+
+        With a reason `accumulate` above 1 is refused. A loss that is a mean over another number
+        of things than examples reports this number as the metric `weight`.
+        """
+        del buffers
+        return ""
 
 
 def init(net: nn.Module, key: Array, *args, **kwargs) -> tuple[Params, Tree]:
@@ -47,7 +60,7 @@ def apply(net: nn.Module, params: Params, stats: Tree, *args, **kwargs) -> tuple
     return out, {**stats, **moved}
 
 
-def views(x: Array) -> list[Array]:
+def each_view(x: Array) -> list[Array]:
     """[B, V, ...] -> V arrays [B, ...]."""
     return [x[:, v] for v in range(x.shape[1])]
 
@@ -63,6 +76,11 @@ def pair(objective: Objective, batch: Batch) -> Array:
             f"the recipe's views make {made}; use views.{name.lower()}(size)."
         )
     return image
+
+
+def normalized_over_the_batch(stats: Tree) -> str:
+    """The `coupling` of a net with batch statistics."""
+    return "BatchNorm normalizes by the statistics of the whole batch" * bool(stats)
 
 
 def variables(name: str, params: Params, stats: Tree) -> Tree:

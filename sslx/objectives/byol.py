@@ -5,11 +5,19 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 
+from sslx.models.encoder import Encoder, encoder
 from sslx.models.heads import Siamese
-from sslx.objectives.base import Objective, apply, init, pair, variables, views
-from sslx.ops.health import health
+from sslx.objectives.base import (
+    Objective,
+    apply,
+    each_view,
+    init,
+    normalized_over_the_batch,
+    pair,
+    variables,
+)
+from sslx.ops.health import embedding_metrics
 from sslx.ops.losses import regression
 from sslx.ops.trees import norm
 from sslx.types import Array, Batch, Buffers, Metrics, Params, Schedule, Tree
@@ -37,35 +45,49 @@ class BYOL(Objective):
         image = pair(self, batch)[:, 0]
         fast, slow = jax.random.split(key)
         params, stats = init(self.net, fast, image)
-        other, still = init(self.net, slow, image)
-        target = {"params": part(other), "stats": {name: part(x) for name, x in still.items()}}
+        other, slow_stats = init(self.net, slow, image)
+        target = {
+            "params": slow_branches(other),
+            "stats": {name: slow_branches(x) for name, x in slow_stats.items()},
+        }
         return params, {"stats": stats, "target": target}
 
     def loss(
         self, params: Params, buffers: Buffers, batch: Batch, key: Array, step: Array
     ) -> tuple[Array, tuple[Buffers, Metrics]]:
         stats, target = buffers["stats"], buffers["target"]
-        still, q, z, h, slow = target["stats"], [], [], [], []
-        for view in views(pair(self, batch)):  # [B, H, W, C]
+        slow_stats, q, z, h, slow = target["stats"], [], [], [], []
+        for view in each_view(pair(self, batch)):  # [B, H, W, C]
             (q_v, z_v, h_v), stats = apply(self.net, params, stats, view)  # [B, P], [B, P], [B, D]
-            (slow_v, _), still = apply(self.net, target["params"], still, view, method="embed")
+            (slow_v, _), slow_stats = apply(
+                self.net, target["params"], slow_stats, view, method="embed"
+            )
             q, z, h, slow = [*q, q_v], [*z, z_v], [*h, h_v], [*slow, slow_v]
         loss = (regression(q[0], slow[1]) + regression(q[1], slow[0])).mean()
-        buffers = {"stats": stats, "target": {**target, "stats": still}}
-        online = jax.lax.stop_gradient(part(params))
+        buffers = {"stats": stats, "target": {**target, "stats": slow_stats}}
+        online = jax.lax.stop_gradient(slow_branches(params))
         apart = norm(jax.tree.map(jnp.subtract, online, target["params"]))
         distance = {"target_distance": apart / norm(online)}  # of params, relative
-        return loss, (buffers, health(jnp.stack(h, 1), jnp.stack(z, 1)) | distance)
+        return loss, (buffers, embedding_metrics(jnp.stack(h, 1), jnp.stack(z, 1)) | distance)
 
-    def update(self, params: Params, buffers: Buffers, step: Array) -> Buffers:
+    def update(self, params: Params, buffers: Buffers, step: Array) -> tuple[Params, Buffers]:
         target = buffers["target"]
-        moved = optax.incremental_update(part(params), target["params"], 1 - self.decay(step))
-        return {**buffers, "target": {**target, "params": moved}}
+        moved = optax.incremental_update(
+            slow_branches(params), target["params"], 1 - self.decay(step)
+        )
+        return params, {**buffers, "target": {**target, "params": moved}}
 
-    def backbone(self, params: Params, buffers: Buffers) -> tuple[nn.Module, Tree]:
-        return self.net.encoder, variables("encoder", params, buffers["stats"])
+    def encoders(self, params: Params, buffers: Buffers) -> dict[str, Encoder]:
+        target = buffers["target"]
+        return {
+            "online": encoder(self.net.encoder, variables("encoder", params, buffers["stats"])),
+            "target": encoder(self.net.encoder, variables("encoder", **target)),
+        }
+
+    def coupling(self, buffers: Buffers) -> str:
+        return normalized_over_the_batch(buffers["stats"])
 
 
-def part(tree: Tree) -> Tree:
-    """What the target has of a net's params, or of one collection of its statistics."""
+def slow_branches(tree: Tree) -> Tree:
+    """The branches of a net's params or statistics that the target has: all but the predictor."""
     return {name: tree[name] for name in SLOW if name in tree}

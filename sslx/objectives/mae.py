@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from sslx.models.encoder import Encoder, encoder
 from sslx.models.layers import Dense
 from sslx.models.transformer import Remat, Transformer
 from sslx.models.vit import ViT
@@ -16,7 +17,7 @@ from sslx.ops.masks import kept, shuffle
 from sslx.ops.patches import grid, patchify, unpatchify
 from sslx.ops.positions import sincos_2d
 from sslx.sharding import constrain
-from sslx.types import Array, Batch, Buffers, Metrics, Params, Tree
+from sslx.types import Array, Batch, Buffers, Metrics, Params
 
 
 class Decoder(nn.Module):
@@ -130,5 +131,5 @@ class MAE(Objective):
         shape = self.grid(image)[:2]
         return jnp.stack([unpatchify(x, self.encoder.patch, shape) for x in panels], 1)
 
-    def backbone(self, params: Params, buffers: Buffers) -> tuple[nn.Module, Tree]:
-        return self.encoder, {"params": params["encoder"]}
+    def encoders(self, params: Params, buffers: Buffers) -> dict[str, Encoder]:
+        return {"encoder": encoder(self.encoder, {"params": params["encoder"]})}

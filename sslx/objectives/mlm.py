@@ -5,14 +5,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Bool, Float, Int
 
+from sslx.models.encoder import Encoder, encoder
 from sslx.models.text import MaskedLM
 from sslx.objectives.base import Objective, apply
 from sslx.ops import masks
 from sslx.ops.losses import masked_cross_entropy
-from sslx.types import Array, Batch, Buffers, Metrics, Params, Tree
+from sslx.types import Array, Batch, Buffers, Metrics, Params
 from sslx.vocabulary import Continuations, Vocabulary
 
 
@@ -72,7 +72,7 @@ class Masking:
         return masked, *masks.places(chosen[0], self.most)
 
     def counted(self, key: Array, segments: Int[Array, "B L"]) -> Int[Array, "B"]:
-        """How many tokens of each window are chosen."""
+        """The number of tokens chosen in each window."""
         length = (segments > 0).sum(1)
         if self.count == "rounded":
             return masks.rounded(length, self.share, self.most, segments.shape[1])
@@ -107,9 +107,9 @@ class MLM(Objective):
     batch    tokens, segments [B, L]: 0 where padded, else the number of the token's document
     buffers  none
 
-    Without the prediction of next sentences, as RoBERTa. The loss is the mean over what was hidden
-    in the whole batch (under `accumulate`, in each micro-batch), so windows do not count alike;
-    `epsilon` stands beside its number.
+    Without the prediction of next sentences, as RoBERTa. The loss is the mean over all tokens that
+    were hidden in the batch, so windows do not count alike; `epsilon` is added to their number,
+    in each micro-batch where there are several.
     """
 
     net: MaskedLM
@@ -130,12 +130,13 @@ class MLM(Objective):
         logits, _ = apply(self.net, params, {}, masked, segments, places, rngs=rngs)  # [B, M, V]
         target = jnp.take_along_axis(tokens, places, 1)
         loss = masked_cross_entropy(logits, target, weight, self.epsilon)
-        right = (weight * (logits.argmax(-1) == target)).sum()
-        return loss, (buffers, {"accuracy": right / jnp.maximum(weight.sum(), 1)})
+        right, targets = (weight * (logits.argmax(-1) == target)).sum(), weight.sum()
+        accuracy = right / jnp.maximum(targets, 1)
+        return loss, (buffers, {"accuracy": accuracy, "weight": targets})
 
     def mask(self, key: Array, tokens: Int[Array, "B L"], segments: Int[Array, "B L"]):
         """(masked tokens [B, L], places [B, M], weight [B, M])."""
         return self.masking(key, tokens, segments, self.net.encoder.vocabulary)
 
-    def backbone(self, params: Params, buffers: Buffers) -> tuple[nn.Module, Tree]:
-        return self.net.encoder, {"params": params["encoder"]}
+    def encoders(self, params: Params, buffers: Buffers) -> dict[str, Encoder]:
+        return {"encoder": encoder(self.net.encoder, {"params": params["encoder"]})}

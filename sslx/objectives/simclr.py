@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from flax import linen as nn
-
+from sslx.models.encoder import Encoder, encoder
 from sslx.models.heads import Siamese
 from sslx.objectives.base import Objective, apply, init, pair, variables
 from sslx.ops.chunks import in_chunks
-from sslx.ops.health import health
+from sslx.ops.health import embedding_metrics
 from sslx.ops.losses import nt_xent
-from sslx.types import Array, Batch, Buffers, Metrics, Params, Tree
+from sslx.types import Array, Batch, Buffers, Metrics, Params
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,7 @@ class SimCLR(Objective):
     whole; the projector, the loss and its negatives are still those of the whole batch. For an
     encoder that couples no examples (ViT) loss and gradient stay exactly those of the whole batch.
     BatchNorm in an encoder normalizes each chunk by itself (ghost statistics, arXiv:1705.08741),
-    which is another net: its running statistics move once, by the mean over chunks. `accumulate`
-    of the engine is something else: each micro-batch then has only its own negatives.
+    which is another net: its running statistics move once, by the mean over chunks.
     """
 
     net: Siamese
@@ -70,7 +68,14 @@ class SimCLR(Objective):
         z = z.reshape(*h.shape[:2], -1)  # [B, 2, P]
         loss = nt_xent(z, self.temperature, self.chunks).mean()
         loss = loss if self.reduction == "anchors" else 2 * loss
-        return loss, ({"stats": stats}, health(h, z))
+        return loss, ({"stats": stats}, embedding_metrics(h, z))
 
-    def backbone(self, params: Params, buffers: Buffers) -> tuple[nn.Module, Tree]:
-        return self.net.encoder, variables("encoder", params, buffers["stats"])
+    def encoders(self, params: Params, buffers: Buffers) -> dict[str, Encoder]:
+        own = variables("encoder", params, buffers["stats"])
+        return {"encoder": encoder(self.net.encoder, own)}
+
+    def coupling(self, buffers: Buffers) -> str:
+        return (
+            "NT-Xent compares every example with the whole batch, of which a micro-batch has only "
+            "a part: use objective.chunks, which gives the gradient of the whole batch"
+        )

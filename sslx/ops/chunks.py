@@ -1,4 +1,4 @@
-"""A batch in parts, one after another, so that only one part's intermediates are in memory."""
+"""A function of a batch computed in chunks, to hold one chunk's intermediates in memory."""
 
 from collections.abc import Callable
 

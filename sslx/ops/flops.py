@@ -43,7 +43,7 @@ def _cost(equation) -> int:
 
 def _bodies(value):
     """The jaxprs in a primitive's parameter: none, one, or a tuple of branches."""
-    for item in value if isinstance(value, tuple | list) else (value,):
-        item = getattr(item, "jaxpr", item)  # closed or open
-        if hasattr(item, "eqns"):
-            yield item
+    for part in value if isinstance(value, tuple | list) else (value,):
+        part = getattr(part, "jaxpr", part)  # closed or open
+        if hasattr(part, "eqns"):
+            yield part

@@ -1,4 +1,4 @@
-"""Is the representation alive? Numbers cheap enough for every step; they stay on the device.
+"""Health of embeddings: measures of collapse that are cheap enough for every step.
 
 A run collapses when `embedding_std` and `feature_std` fall towards 0 while `positive_similarity`
 and `negative_similarity` both rise towards 1. `participation_ratio` falls to a few dimensions
@@ -13,7 +13,7 @@ from sslx.ops.losses import unit
 from sslx.types import Array, Metrics
 
 
-def health(h: Float[Array, "B V D"], z: Float[Array, "B V P"]) -> Metrics:
+def embedding_metrics(h: Float[Array, "B V D"], z: Float[Array, "B V P"]) -> Metrics:
     """Scalars of features h and embeddings z, over all views of the batch.
 
     feature_std, embedding_std   1 on an isotropic sphere, 0 when all vectors are one

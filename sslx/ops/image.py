@@ -228,6 +228,15 @@ def _extremes(image: Float[Array, "B H W C"]) -> tuple[Array, Array]:
     return low, jnp.maximum(jnp.maximum(red, green), blue)
 
 
+def thumbnail(image: Float[Array, "B H W C"], side: int = 16) -> Float[Array, "B F"]:
+    """Every image as a flat vector of its pixels, first downsized to at most `side` x `side`."""
+    examples, height, width, channels = image.shape
+    shape = (examples, min(height, side), min(width, side), channels)
+    if shape != image.shape:
+        image = jax.image.resize(image, shape, "linear")  # antialiased
+    return image.reshape(examples, -1)
+
+
 # ---- sharpness ----
 
 

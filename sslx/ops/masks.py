@@ -119,14 +119,14 @@ def spans(
 
 
 def own(allowed: Bool[Array, "B L"]) -> Int[Array, "B L"]:
-    """Every token a group of its own."""
+    """Groups of one token each."""
     return jnp.broadcast_to(jnp.arange(allowed.shape[1]), allowed.shape)
 
 
 def places(chosen: Bool[Array, "B L"], most: int) -> tuple[Int[Array, "B M"], Float[Array, "B M"]]:
-    """Where they stand, in order, and a weight: 1, or 0 for what fills up to `most` of them."""
-    found = jnp.argsort(~chosen, 1, stable=True)[:, :most]
-    return found, jnp.take_along_axis(chosen, found, 1).astype(jnp.float32)
+    """The places of chosen tokens in order, filled up to `most`, and their weight: 1, filling 0."""
+    positions = jnp.argsort(~chosen, 1, stable=True)[:, :most]
+    return positions, jnp.take_along_axis(chosen, positions, 1).astype(jnp.float32)
 
 
 def replaced(
@@ -137,7 +137,7 @@ def replaced(
     others: Int[Array, "B L"],
     shares: tuple[float, float] = (0.8, 0.1),
 ) -> Int[Array, "B L"]:
-    """Of what is chosen a share becomes `mask`, another `others`, and the rest stays as it is."""
+    """Chosen tokens replaced: a share by `mask`, another by `others`, the rest kept."""
     which, group = chosen
     fate = jnp.take_along_axis(jax.random.uniform(key, tokens.shape), group, 1)
     hidden, swapped = shares

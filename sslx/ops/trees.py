@@ -30,6 +30,16 @@ def matching(tree: Tree, pattern: str) -> Tree:
     return jax.tree_util.tree_map_with_path(match, tree, is_leaf=boxed)
 
 
+def axis_named(tree: Tree, name: str) -> Tree:
+    """For every leaf, boxed or not, the axis of that name; -1 where it has none."""
+
+    def axis(leaf) -> int:
+        names = getattr(leaf, "names", ()) if boxed(leaf) else ()
+        return names.index(name) if name in names else -1
+
+    return jax.tree.map(axis, tree, is_leaf=boxed)
+
+
 def norm(tree: Tree) -> Array:
     """The global L2 norm of all leaves, in float32."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))

@@ -21,7 +21,8 @@ import time
 
 import numpy as np
 
-from sslx.data import sources
+from sslx.data import uri
+from sslx.data.formats.arrayrecord import write_arrayrecord
 from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
 
@@ -152,11 +153,11 @@ def main():
         else:
             sets = {"synthetic 224": (synthetic(folder), 224, 2000)}
         for title, (pattern, size, images) in sets.items():
-            table = sources.open(f"parquet:{pattern}")
-            files = sources.write_arrayrecord(table, os.path.join(folder, str(size)))
+            table = uri.open_uri(f"parquet:{pattern}")
+            files = write_arrayrecord(table, os.path.join(folder, str(size)))
             for kind, source in (
                 ("Parquet", table),
-                ("ArrayRecord", sources.arrayrecord(files[0])),
+                ("ArrayRecord", uri.arrayrecord(files[0])),
             ):
                 numbers = (args.batch, args.images or images, args.workers, args.rounds)
                 compare(f"{title} {kind}", source, size, *numbers)

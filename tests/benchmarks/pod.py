@@ -29,8 +29,9 @@ os.environ |= {
 import jax
 from jax.experimental import topologies
 
-from sslx.config import load
-from sslx.train import abstract_batch, abstract_state, jitted_step
+from sslx.engine import jitted_step
+from sslx.recipes import load
+from sslx.state import abstract_batch, abstract_state
 
 SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")

@@ -67,11 +67,12 @@ def sslx_step(args, objective, decode, views, optimizer=None):
 
     from sslx.config import Config
     from sslx.data.pipeline import Pipeline
+    from sslx.engine import jitted_step
     from sslx.ops.flops import flops
     from sslx.optim import AdamW
     from sslx.schedules import Constant
     from sslx.sharding import batch_sharding
-    from sslx.train import fresh_state, jitted_step, new_key
+    from sslx.state import fresh_state, new_key
 
     config = Config(
         objective=objective,

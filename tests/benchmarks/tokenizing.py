@@ -30,7 +30,7 @@ LENGTH, ROW = 128, 4000
 
 
 def through_sslx(source, out, tokenizer):
-    from sslx.data.tokenize import tokenize
+    from sslx.data.text.tokenize import tokenize
 
     tokenize(source, out, tokenizer=tokenizer, length=LENGTH, workers=0)
 
@@ -117,7 +117,7 @@ def main():
     args = parser.parse_args()
     if args.child:
         return child(*args.child)
-    from sslx.data.tokenizers import train_tokenizer
+    from sslx.data.text.tokenizers import train_tokenizer
 
     if os.path.exists(args.text):
         import pyarrow.parquet as pq

@@ -24,7 +24,6 @@ RECIPES = {
     "byol": views.byol,
     "cifar": lambda size: views.cifar(size=size),
     "cifar_asymmetric": lambda size: views.cifar_asymmetric(size=size),
-    "dinov2": lambda size: views.dinov2(size, size * 3 // 7),  # 96 of 224
     "digits": views.digits,
 }
 

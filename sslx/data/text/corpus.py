@@ -12,12 +12,12 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
-from sslx.data.sources import DataError, Record, matches, needs
+from sslx.data.source import DataError, Record, matches, needs
 
 GROUP = 8  # parts of a row group at most: each reads it from its beginning
 BLOCK = 1 << 20  # bytes read at once
@@ -55,13 +55,13 @@ def files(source: str) -> list[str]:
     root = os.path.expanduser(source)
     if not os.path.isdir(root):
         return matches("text", source)
-    found = []
+    paths = []
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name[0] != "."]
-        found += [os.path.join(folder, name) for name in names if name[0] != "."]
-    if not found:
+        paths += [os.path.join(folder, name) for name in names if name[0] != "."]
+    if not paths:
         raise DataError(f"{root} is an empty folder")
-    return sorted(found)
+    return sorted(paths)
 
 
 def spans(path: str, size: int) -> list[Span]:
@@ -86,14 +86,32 @@ def spans(path: str, size: int) -> list[Span]:
         columns = ", ".join(f"{c.name}: {c.type}" for c in schema)
         raise DataError(f"has no column `text` of strings, only {columns}")
     leaves = [footer.schema.column(i).path for i in range(footer.num_columns)]
-    found, at = [], 0
+    stretches, at = [], 0
     for group in map(footer.row_group, range(footer.num_row_groups)):
         n, held = group.num_rows, group.column(leaves.index("text")).total_uncompressed_size
         few = max(1, min(n, GROUP, -(-held // size)))
         cuts = [at + n * i // few for i in range(few + 1)]
-        found += [Span(path, *ends, held // few) for ends in pairwise(cuts)]
+        stretches += [Span(path, *ends, held // few) for ends in pairwise(cuts)]
         at += n
-    return found or [Span(path, 0, 0, 0)]
+    return stretches or [Span(path, 0, 0, 0)]
+
+
+def partition(paths: list[str], size: int) -> tuple[list[list[Span]], dict[str, str]]:
+    """Consecutive spans of together at most `size`, and the files that cannot be read."""
+    parts, filled, dropped = [[]], 0, {}
+    for path in paths:
+        try:
+            stretches = spans(path, size)
+        except DataError as error:
+            dropped[path] = str(error)
+            continue
+        for span in stretches:
+            if parts[-1] and filled + span.size > size:
+                parts.append([])
+                filled = 0
+            parts[-1].append(span)
+            filled += span.size
+    return parts, dropped
 
 
 def first(span: Span) -> int:
@@ -122,7 +140,7 @@ def blocks(span: Span) -> Iterator[bytes]:
 
 
 def fault(span: Span) -> str:
-    """Why a stretch of plain text is of no use, "" if it is: read ahead, so that a file which ends
+    """Why a span of plain text cannot be used, "" if it can: read ahead, so that a file which ends
     in rubbish is not half used."""
     decoder, seen, blank = codecs.getincrementaldecoder("utf-8-sig")(), span.begin, True
     try:
@@ -140,7 +158,7 @@ def fault(span: Span) -> str:
 
 
 def plain(span: Span) -> Iterator[str]:
-    """A stretch of a text file, in pieces."""
+    """The text of a span of a plain file, in pieces."""
     decoder, text = codecs.getincrementaldecoder("utf-8-sig")(), ""
     for block in blocks(span):
         text += decoder.decode(block)
@@ -156,13 +174,13 @@ def pieces(text: str) -> list[str]:
     """A text in pieces of at most PIECE characters, each broken off before the last white space
     with a word behind it: encoded alone they are what the whole would be. One that has no white
     space is broken anywhere. The last piece is shorter than PIECE."""
-    found, at = [], 0
+    parts, at = [], 0
     while len(text) - at >= PIECE:
         part = LAST.match(text, at, at + PIECE)
         end = part.end() if part else at + PIECE
-        found.append(text[at:end])
+        parts.append(text[at:end])
         at = end
-    return [*found, text[at:]]
+    return [*parts, text[at:]]
 
 
 def rows(span: Span, tally: Tally, columns: tuple[str, ...] = ("text",)) -> Iterator[Record]:
@@ -246,3 +264,16 @@ def texts(span: Span, tally: Tally) -> Iterator[tuple[str, bool]]:
     tally.counts["documents"] += begins
     for k, piece in enumerate(plain(span)):
         yield piece, k == 0
+
+
+def batched(stream: Iterable[tuple[str, bool]], size: int) -> Iterator[list[tuple[str, bool]]]:
+    """Consecutive pieces of together about `size` characters."""
+    batch, held = [], 0
+    for pair in stream:
+        batch.append(pair)
+        held += len(pair[0])
+        if held >= size:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch

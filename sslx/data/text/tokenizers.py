@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
-from sslx.data.sources import DataError, needs
+from sslx.data.source import DataError, needs
 from sslx.vocabulary import NAMES, Vocabulary
 
 Kind = Literal["wordpiece", "bpe"]
@@ -45,8 +45,8 @@ def train_tokenizer(texts: Callable[[], Iterable[str]], size: int, kind: Kind = 
         )
         tokenizer.train_from_iterator(texts(), trainer)
     else:
-        found = trained_wordpiece(texts, size)
-        tokenizer = Tokenizer(models.WordPiece(found, unk_token="[UNK]"))
+        words = trained_wordpiece(texts, size)
+        tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
         tokenizer.normalizer, tokenizer.pre_tokenizer = (
             normal.BertNormalizer(),
             pre.BertPreTokenizer(),
@@ -106,29 +106,29 @@ def tokenizer(path: str):
 def loaded(file: str, modified: int):
     del modified  # a file that is replaced is read again
     try:
-        found = hugging("tokenizers").Tokenizer.from_file(file)
+        tokenizer = hugging("tokenizers").Tokenizer.from_file(file)
     except DataError:
         raise
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{file} is no tokenizer of Hugging Face tokenizers: {error}") from error
-    found.no_truncation()
-    found.no_padding()
-    found.encode_special_tokens = True
-    return found
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def vocabulary(path: str) -> Vocabulary:
     """How many ids a tokenizer has, and which are special, by BERT's or RoBERTa's names."""
     ids, special = tokenizer(path).get_vocab(with_added_tokens=True), {}
     for what, names in NAMES.items():
-        found = [ids[name] for name in names if name in ids]
-        if not found:
+        known = [ids[name] for name in names if name in ids]
+        if not known:
             raise DataError(
                 f"{tokenizer_file(path)} has no {what} token, neither {' nor '.join(names)}: "
                 "masked language modeling needs it; add it to the file's added_tokens, or train "
                 "one: sslx tokenize SOURCE OUT --vocab N"
             )
-        special[what] = found[0]
+        special[what] = known[0]
     return Vocabulary(max(ids.values()) + 1, **special)
 
 

@@ -24,18 +24,17 @@ import multiprocessing
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sslx.data.corpus import Span, Tally, files, spans, texts
-from sslx.data.pipeline import cores, end_with_parent, spawning
-from sslx.data.sources import DataError, Record, Shards, needs
-from sslx.data.tokenizers import (
+from sslx.data.formats.arrayrecord import Shards
+from sslx.data.source import DataError, needs
+from sslx.data.text.corpus import Span, Tally, batched, files, partition, texts
+from sslx.data.text.tokenizers import (
     Kind,
     digest,
     tokenizer,
@@ -44,102 +43,17 @@ from sslx.data.tokenizers import (
     train_tokenizer,
     vocabulary,
 )
-from sslx.vocabulary import Vocabulary
+from sslx.data.text.windows import check_length, packed, record, width
+from sslx.data.workers import cores, end_with_parent, spawning
 
 log = logging.getLogger("sslx")
 
-Said = Callable[[int, int], None]  # (bytes done, bytes in all), for a progress bar
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all), for a progress bar
 
 PART = 8 << 20  # bytes of a part; doubled until there are at most PARTS
 PARTS = 512  # readers keep as many files open
 SAMPLE = 1 << 30  # characters that a tokenizer is trained on, spread over the corpus
-SHORTEST = 16  # positions of a window below which a document is not begun that must be cut
 BATCH = 1 << 19  # characters encoded together
-
-
-# ---- packing ----
-
-
-def packed(stream: Iterable[tuple[np.ndarray, bool]], length: int) -> Iterator[list[np.ndarray]]:
-    """(ids of a piece, whether a document begins) -> windows, each a list of its documents' ids.
-
-    Each document takes two positions more than it has tokens. Nothing is lost, and cuts depend on
-    the documents alone, not on how they come in pieces.
-    """
-    shortest, nothing = min(SHORTEST, length) - 2, np.zeros(0, np.int64)
-    window, room, tail = [], length - 2, nothing
-    for ids, begins in chain(stream, [(nothing, True)]):
-        ended = tail if begins else nothing
-        tail = ids if begins or not len(tail) else np.concatenate([tail, ids])
-        for left, least in ((ended, 1), (tail, length - 1)):  # what goes on waits for a whole one
-            while len(left) >= least:
-                if window and len(left) > room and room < shortest:
-                    yield window
-                    window, room = [], length - 2
-                window.append(left[:room])
-                left = left[room:]
-                room -= len(window[-1]) + 2
-                if room < 1:
-                    yield window
-                    window, room = [], length - 2
-        tail = left
-    if window:
-        yield window
-
-
-def record(window: list[np.ndarray], vocabulary: Vocabulary) -> bytes:
-    """Number of documents, where each starts, ids: all uint16, or uint32 for large vocabularies."""
-    n, sizes = len(window), [len(ids) + 2 for ids in window]
-    starts = list(accumulate(sizes, initial=0))
-    found = np.empty(1 + n + starts[-1], width(vocabulary))
-    found[0], found[1 : 1 + n] = n, starts[:-1]
-    tokens = found[1 + n :]
-    for ids, start in zip(window, starts, strict=False):
-        tokens[start] = vocabulary.start
-        tokens[start + 1 : start + 1 + len(ids)] = ids
-        tokens[start + 1 + len(ids)] = vocabulary.end
-    return found.tobytes()
-
-
-def width(vocabulary: Vocabulary) -> np.dtype:
-    return np.dtype("<u2" if vocabulary.size <= 1 << 16 else "<u4")
-
-
-@dataclass(frozen=True)
-class Window:
-    """Decode a record into tokens int32 [L] and segments int32 [L].
-
-    `segments` is a token's document within the window, from 1; 0 where padded. Positions count
-    from 0 at the window's start, as in BERT's and RoBERTa's packed training. A longer text, which
-    only `text:` gives, is cut off at `length` and ends with [end].
-    """
-
-    length: int
-    vocabulary: Vocabulary
-
-    def __post_init__(self):
-        check_length(self.length)
-
-    def __call__(self, record: Record) -> dict[str, np.ndarray]:
-        ids, starts = record["tokens"], record["starts"]
-        tokens = np.full(self.length, self.vocabulary.pad, np.int32)
-        segments = np.zeros(self.length, np.int32)
-        n = min(len(ids), self.length)
-        tokens[:n], segments[starts] = ids[:n], 1
-        np.cumsum(segments[:n], out=segments[:n])
-        if n < len(ids):
-            tokens[-1] = self.vocabulary.end
-        return {"tokens": tokens, "segments": segments}
-
-    @property
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape and dtype of what an example holds, known before any record is read."""
-        return {"tokens": ((self.length,), np.int32), "segments": ((self.length,), np.int32)}
-
-
-def check_length(length: int) -> None:
-    if not 8 <= length < 1 << 16:
-        raise DataError(f"a window of {length} tokens: lengths are from 8 to 65,535")
 
 
 # ---- writing ----
@@ -162,7 +76,7 @@ class Job:
 
     @functools.cached_property
     def plan(self) -> tuple[list[list[Span]], dict[str, str]]:
-        """The parts, and the files that are in none, with the reason."""
+        """The parts of the corpus, and {file: reason} of what is in none."""
         paths, size = files(self.source), self.part or PART
         parts, dropped = partition(paths, size)
         while self.part is None and len(parts) > PARTS:
@@ -175,19 +89,19 @@ class Job:
         return self.plan[0]
 
     def settings(self) -> dict[str, Any]:
-        """What the bytes of the shards depend on, but for the tokenizer."""
+        """The settings that the bytes of the shards depend on, beside the tokenizer."""
         stretches = [(span.path, span.begin, span.end) for part in self.parts for span in part]
         folders = {os.path.dirname(path) for path, *_ in stretches}
         root = os.path.commonpath(folders) if folders else ""  # the whole corpus may move
-        told = [(os.path.relpath(path, root or "."), *ends) for path, *ends in stretches]
-        told = json.dumps([told, list(map(len, self.parts))])
-        return {"format": 1, "length": self.length, "source": digest(told.encode())}
+        layout = [(os.path.relpath(path, root or "."), *ends) for path, *ends in stretches]
+        layout = json.dumps([layout, list(map(len, self.parts))])
+        return {"format": 1, "length": self.length, "source": digest(layout.encode())}
 
     def shard(self, k: int) -> Path:
         return Path(self.out) / f"tokens-{k:05d}-of-{len(self.parts):05d}.array_record"
 
     def done(self, k: int) -> dict[str, Any] | None:
-        """What is known of shard k, if it is written and whole."""
+        """The counts of shard k, None unless it is written and whole."""
         about = self.shard(k).with_suffix(".json")
         if not about.exists():
             return None
@@ -196,34 +110,35 @@ class Job:
         same = size == about["bytes"] and about["tokenizer"] == tokenizer_digest(self.out)
         return about if same else None
 
-    def write(self, k: int, said: Callable[[int], None] = lambda count: None) -> None:
+    def write(self, k: int, progress: Callable[[int], None] = lambda count: None) -> None:
         """Write part k as a shard, under another name until it is whole. Another process that
         writes the same part is waited for, and its shard taken. What is held in memory does not
         depend on the part but for the index of its windows, some 130 bytes each."""
         with alone(Path(self.out), 1 + k):
             if self.done(k) is None:
-                self.write_alone(k, said)
+                self.write_alone(k, progress)
             else:
-                said(sum(span.size for span in self.parts[k]))
+                progress(sum(span.size for span in self.parts[k]))
 
-    def write_alone(self, k: int, said: Callable[[int], None]) -> None:
-        tally, ids = Tally(), tokenizer(self.out)
+    def write_alone(self, k: int, progress: Callable[[int], None]) -> None:
+        tally, words = Tally(), tokenizer(self.out)
         special, part = vocabulary(self.out), self.parts[k]
-        told, size = 0, sum(span.size for span in part)
+        done, size = 0, sum(span.size for span in part)
 
         def encoded():
-            nonlocal told
+            nonlocal done
             stream = (pair for span in part for pair in texts(span, tally))
             for batch in batched(stream, BATCH):
-                codes = ids.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+                given = [text for text, _ in batch]
+                codes = words.encode_batch_fast(given, add_special_tokens=False)
                 for code, (_, begins) in zip(codes, batch, strict=True):
-                    found = np.array(code.ids, width(special))
-                    tally.counts["tokens"] += len(found)
-                    tally.counts["unknown"] += int((found == special.unknown).sum())
-                    yield found, begins
-                count = min(size - told, sum(len(text) for text, _ in batch))
-                told += count
-                said(count)
+                    ids = np.array(code.ids, width(special))
+                    tally.counts["tokens"] += len(ids)
+                    tally.counts["unknown"] += int((ids == special.unknown).sum())
+                    yield ids, begins
+                count = min(size - done, sum(len(text) for text, _ in batch))
+                done += count
+                progress(count)
 
         writer = needs("array_record.python.array_record_module", "array_record").ArrayRecordWriter
         path, new = self.shard(k), self.shard(k).with_suffix(".new")
@@ -237,7 +152,7 @@ class Job:
             file.close()
             verify(new, tally.counts["windows"])
             new.replace(path)
-        said(size - told)
+        progress(size - done)
         about = {
             "bytes": path.stat().st_size if file else 0,
             "tokenizer": tokenizer_digest(self.out),
@@ -286,24 +201,6 @@ class Job:
                     break
 
 
-def partition(paths: list[str], size: int) -> tuple[list[list[Span]], dict[str, str]]:
-    """Consecutive spans of together at most `size`, and the files that cannot be read."""
-    parts, filled, dropped = [[]], 0, {}
-    for path in paths:
-        try:
-            stretches = spans(path, size)
-        except DataError as error:
-            dropped[path] = str(error)
-            continue
-        for span in stretches:
-            if parts[-1] and filled + span.size > size:
-                parts.append([])
-                filled = 0
-            parts[-1].append(span)
-            filled += span.size
-    return parts, dropped
-
-
 COUNTS = ("documents", "tokens", "unknown", "windows", "segments", "empty", "dropped")
 
 
@@ -318,7 +215,7 @@ def tokenize(
     workers: int | None = None,
     process: tuple[int, int] = (0, 1),
     part: int | None = None,
-    said: Said = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, Any] | None:
     """Write `source` as windows of tokens under `out`; interrupted, the same call goes on.
 
@@ -342,7 +239,7 @@ def tokenize(
         sum(sizes.values()) - sum(sizes[k] for k in left),
         sum(sizes.values()),
         workers,
-        said,
+        progress,
     )
     return job.finish()
 
@@ -377,7 +274,7 @@ def prepare(
 
 @contextlib.contextmanager
 def alone(out: Path, what: int) -> Iterator[None]:
-    """Wait until no other process, on any host that shares `out`, is here with the same number.
+    """Hold the lock of that number, which all hosts that share `out` respect.
 
     A file system that knows no locks lets all pass, and says so: then two of the same command at
     once may fail, as they write the same files.
@@ -409,14 +306,16 @@ def claim(out: Path, ours: dict[str, Any]) -> None:
     write_json(path, ours)
 
 
-def run(job: Job, left: list[int], done: int, total: int, workers: int | None, said: Said) -> None:
+def run(
+    job: Job, left: list[int], done: int, total: int, workers: int | None, progress: Progress
+) -> None:
     """Write the parts `left` in processes, the next one free the next part; 0 for none but this."""
     workers = min(cores() if workers is None else workers, len(left))
 
     def add(count: int) -> None:
         nonlocal done
         done += count
-        said(done, total)
+        progress(done, total)
 
     add(0)
     if workers < 2:
@@ -424,9 +323,9 @@ def run(job: Job, left: list[int], done: int, total: int, workers: int | None, s
             job.write(k, add)
         return
     context = multiprocessing.get_context("spawn")
-    told, turn, errors = context.Value("q", done), context.Value("q", 0), context.SimpleQueue()
+    read, turn, errors = context.Value("q", done), context.Value("q", 0), context.SimpleQueue()
     crew = [
-        context.Process(target=labor, args=(job, left, turn, told, errors), daemon=True)
+        context.Process(target=labor, args=(job, left, turn, read, errors), daemon=True)
         for _ in range(workers)
     ]
     with spawning():
@@ -438,7 +337,7 @@ def run(job: Job, left: list[int], done: int, total: int, workers: int | None, s
             for worker in crew:
                 worker.join(0.1 / workers)
             alive = any(worker.is_alive() for worker in crew)
-            said(told.value, total)
+            progress(read.value, total)
             if not errors.empty():
                 raise errors.get()
             if any(worker.exitcode for worker in crew):
@@ -452,14 +351,14 @@ def run(job: Job, left: list[int], done: int, total: int, workers: int | None, s
             worker.join()
 
 
-def labor(job: Job, left: list[int], turn, told, errors) -> None:
-    """In a worker: parts, until none is left."""
+def labor(job: Job, left: list[int], turn, read, errors) -> None:
+    """Write parts in a worker process until none is left."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=end_with_parent, daemon=True).start()
 
     def add(count: int) -> None:
-        with told.get_lock():
-            told.value += count
+        with read.get_lock():
+            read.value += count
 
     try:
         while True:
@@ -472,27 +371,14 @@ def labor(job: Job, left: list[int], turn, told, errors) -> None:
         errors.put(error)
 
 
-def batched(stream: Iterable[tuple[str, bool]], size: int) -> Iterator[list[tuple[str, bool]]]:
-    """Consecutive pieces of together about `size` characters."""
-    batch, held = [], 0
-    for pair in stream:
-        batch.append(pair)
-        held += len(pair[0])
-        if held >= size:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
-
-
 def verify(path: Path, windows: int) -> None:
-    """Raise if a shard does not hold what was written: a full disk tells nobody else."""
+    """Raise OSError if a shard does not hold what was written, as on a full disk."""
     if Shards([str(path)]).ends[-1] != windows:
         raise OSError(f"{path} does not hold its {windows} windows: is the disk full?")
 
 
 def replace_with(path: Path, data: bytes) -> None:
-    """All or nothing; two processes may write the same at once."""
+    """Write the whole file or nothing; two processes may write the same file at once."""
     new = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.new")
     new.write_bytes(data)
     new.replace(path)

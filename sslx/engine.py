@@ -1,0 +1,221 @@
+"""The training step, and the only loop. It does not know what it is training."""
+
+import contextlib
+import functools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sslx.checkpoint import CheckpointError, Checkpoints
+from sslx.config import Config
+from sslx.log import Log
+from sslx.ops.trees import norm
+from sslx.sharding import batch_sharding
+from sslx.signals import Interrupted, Signals
+from sslx.state import TrainState, abstract_state, check, layers_of
+from sslx.types import Array, Batch, Buffers, Metrics, Params
+from sslx.watch import FINITE, Scores, Watch
+
+# What a step's key is folded with: one stream of random numbers for each use. Views are folded with
+# VIEWS, VIEWS + 2, ... in the micro-batches of a step.
+VIEWS, LOSS = 0, 1
+
+
+# ---- the step ----
+
+
+def train_step(state: TrainState, batch: Batch, *, config: Config) -> tuple[TrainState, Metrics]:
+    """One optimizer step on one global batch."""
+    loss, grads, buffers, metrics = accumulated(state, batch, config=config)
+    layers = layers_of(config, batch)
+    updates, opt_state = config.optimizer.update(
+        grads, state.opt_state, state.params, state.step, layers
+    )
+    params = optax.apply_updates(state.params, updates)
+    params, buffers = config.objective.update(params, buffers, state.step)
+    moved = TrainState(state.step + 1, state.key, params, buffers, opt_state)
+    rate = config.optimizer.learning_rate(state.step)
+    norms = {"grad_norm": norm(grads), "param_norm": norm(params)}
+    metrics = {"loss": loss, **norms, "learning_rate": rate, **metrics}
+    if config.nonfinite == "skip":
+        good = jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])).all()
+        unmoved = state.replace(step=moved.step)
+        moved = jax.tree.map(functools.partial(jnp.where, good), moved, unmoved)
+        metrics["skipped"] = 1 - good.astype(jnp.int32)
+    return moved, metrics
+
+
+def accumulated(
+    state: TrainState, batch: Batch, *, config: Config
+) -> tuple[Array, Params, Buffers, Metrics]:
+    """Loss, gradient, buffers and metrics of one global batch, in `config.accumulate` parts.
+
+    Loss, gradient and metrics are the means over micro-batches, weighted by the metric `weight`,
+    so that they are those of the whole batch; so is the mean that buffers move by, once a step.
+    Every micro-batch is rendered by the views when its turn comes, and takes each n-th example, so
+    that it is spread over all devices.
+    """
+    key, n = jax.random.fold_in(state.key, state.step), config.accumulate
+    differentiate = jax.value_and_grad(config.objective.loss, has_aux=True)
+
+    def micro_step(batch: Batch, i: Array):
+        batch = config.views.train(jax.random.fold_in(key, VIEWS + 2 * i), batch)
+        loss_key = jax.random.fold_in(jax.random.fold_in(key, LOSS), i)
+        (loss, (buffers, metrics)), grads = differentiate(
+            state.params, state.buffers, batch, loss_key, state.step
+        )
+        metrics = {"loss": loss, **metrics}
+        return grads, buffers, metrics, metrics.pop("weight", jnp.float32(1))
+
+    if n == 1:  # no loop: a CPU's convolutions are 25 times slower in one
+        grads, buffers, metrics, _ = micro_step(batch, jnp.int32(0))
+        return metrics.pop("loss"), grads, buffers, metrics
+
+    def add(sums, micro):
+        grads, buffers, metrics, weight = micro_step(*micro)
+        weighted = lambda total, x: total + weight * x  # noqa: E731
+        total, metrics_total, weights, moved = sums
+        total, metrics_total = jax.tree.map(weighted, (total, metrics_total), (grads, metrics))
+        moved = jax.tree.map(functools.partial(shifted, n), moved, buffers, state.buffers)
+        return (total, metrics_total, weights + weight, moved), None
+
+    micros = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
+    first = jax.tree.map(lambda x: x[0], micros)
+    shapes = jax.eval_shape(micro_step, first, jnp.int32(0))
+    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)  # noqa: E731
+    start = (zeros(shapes[0]), zeros(shapes[2]), jnp.float32(0), state.buffers)
+    sums, _ = jax.lax.scan(add, start, (micros, jnp.arange(n)))
+    grads, metrics, weights, buffers = sums
+    share = 1 / jnp.where(weights > 0, weights, 1)
+    grads, metrics = jax.tree.map(lambda x: x * share, (grads, metrics))
+    return metrics.pop("loss"), grads, buffers, metrics
+
+
+def shifted(n: int, moved: Array, buffer: Array, before: Array) -> Array:
+    """`moved` plus 1 / n of a buffer's change; integers by the whole change, others replaced.
+
+    A buffer that no micro-batch changes stays as it is, to the last bit.
+    """
+    if jnp.issubdtype(before.dtype, jnp.floating):
+        return moved + (buffer - before) / n
+    if jnp.issubdtype(before.dtype, jnp.integer):
+        return moved + (buffer - before)
+    return buffer
+
+
+# ---- on a mesh ----
+
+
+def jitted_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
+    """`train_step` for `config` on `mesh`: (state, batch) -> (state, metrics), state donated."""
+    where = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    step = functools.partial(train_step, config=config)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, NamedSharding(mesh, P())))
+
+
+@contextlib.contextmanager
+def feed(config: Config, mesh: jax.sharding.Mesh, start: int, depth: int = 2):
+    """Global batches on the devices from step `start` on, `depth` of them ahead of their use."""
+    host, hosts = jax.process_index(), jax.process_count()
+    batches = config.data.batches(config.seed, config.batch_size, start, host, hosts)
+    place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    ready: queue.Queue = queue.Queue(depth)
+    closed = threading.Event()
+
+    def send(item) -> None:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(item, timeout=0.1)
+
+    def work() -> None:
+        try:
+            while not closed.is_set():
+                batch = jax.tree.map(place, next(batches))
+                send(lambda batch=batch: batch)
+        except BaseException as error:  # raised where the batch is asked for
+            send(functools.partial(_raise, error))
+
+    def take() -> Iterator[Batch]:
+        while True:
+            yield ready.get()()
+
+    thread = threading.Thread(target=work, name="sslx-feed", daemon=True)
+    thread.start()
+    try:
+        yield take(), batches.dropped
+    finally:
+        closed.set()
+        thread.join()
+        batches.close()
+
+
+def _raise(error: BaseException):
+    raise error
+
+
+# ---- the loop ----
+
+
+def train(config: Config, run: Path) -> TrainState:
+    """Train to `config.steps` in the directory `run`, from its newest good checkpoint if any.
+
+    Raises Interrupted after SIGTERM or Ctrl-C, with everything saved; Diverged when the loss is no
+    longer finite, and Collapsed on request, with the newest checkpoint from before; CheckpointError
+    when the last step could not be saved.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    mesh = check(config)
+    checkpoints = Checkpoints(run / "checkpoints", config.keep)
+    try:
+        with jax.set_mesh(mesh), Signals() as signals:
+            start, state = checkpoints.restore(abstract_state(config, mesh)) or (0, None)
+            log = Log(run, config.steps, start)
+            try:
+                scores = Scores(config, mesh, run, log)
+                state = scores.begin(start, state)
+                if start >= config.steps:
+                    log.say(f"{run} is complete: {start} of {config.steps} steps.")
+                    return state
+                watch = Watch(config, log, checkpoints)
+                return loop(config, mesh, start, state, watch, scores, signals)
+            finally:
+                checkpoints.wait()
+                log.close()
+    finally:
+        checkpoints.close()
+
+
+def loop(config, mesh, start: int, state: TrainState, watch, scores, signals) -> TrainState:
+    """The training loop: dispatches a step, then reads the metrics of the one before."""
+    step_fn, pending = jitted_step(config, mesh), None
+    with feed(config, mesh, start) as (batches, dropped):
+        for step in range(start + 1, config.steps + 1):
+            state, metrics = step_fn(state, watch.clock.wait(batches))
+            if pending:
+                watch.see(*pending)
+            pending = (step, metrics, dropped)
+            stop = signals.received(step)
+            last = step == config.steps or stop
+            if last or step % config.save_every == 0 or step % config.eval_every == 0:
+                watch.see(*pending)
+                pending = None
+            if last or step % config.save_every == 0:
+                watch.checkpoints.save(step, state)
+            if not stop and (last or step % config.eval_every == 0):
+                scores.add(step, state)
+                watch.clock.read(0)
+            if stop:
+                raise Interrupted(stop, step, watch.newest())
+    if (newest := watch.newest()) < config.steps:
+        raise CheckpointError(
+            f"The last step could not be saved, nothing after step {newest} is kept: make room, "
+            f"and the same command goes on from there."
+        )
+    return state

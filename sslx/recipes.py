@@ -1,0 +1,208 @@
+"""Recipe files: found by name or path, executed, and copied into the runs that they start."""
+
+import ast
+import builtins
+import contextlib
+import difflib
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+
+from sslx.config import Config, ConfigError, override, parse, parts_of, printed, unknown
+from sslx.log import write_whole
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A Python file with a function `config(dials...) -> Config`, and what is overridden.
+
+    path       a .py file, or the name of a recipe that comes with sslx, as `mae_digits`
+    overrides  `name=value` for an argument of config(), `a.b.c=value` for a part of its result
+
+    A recipe may import Python modules from its own folder, and those each other; they are copied
+    into a run with it. It may read other files of its folder, but they are not copied, so a run
+    can be resumed only if the recipe finds them by an absolute path.
+    """
+
+    path: Path | str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def file(self) -> Path:
+        """The file that `path` names. Raises ConfigError with near names if there is none."""
+        path, names = Path(self.path), shipped()
+        if path.is_file():
+            return path
+        if path.name == str(path) and path.name in names:
+            return names[path.name]
+        beside = sorted(map(str, path.parent.glob("*.py")))
+        near = difflib.get_close_matches(str(path), beside, 1)
+        near = near or difflib.get_close_matches(path.stem, names)
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"give the path of a .py file, or one of these names: {', '.join(names)}."
+        )
+        raise ConfigError(f"There is no recipe {path}: {hint}")
+
+    def load(self) -> Config:
+        """The config, with the overrides applied.
+
+        Raises ConfigError for an override that cannot be, and for any error inside the recipe,
+        whose line it names.
+        """
+        module = self.module()
+        with _located(self.file):
+            dials = inspect.signature(module.config, eval_str=True).parameters
+        arguments, paths = {}, {}
+        for text in self.overrides:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise ConfigError(f"{text!r} is no override: write name=value.")
+            if name in dials:
+                arguments[name] = parse(dials[name].default, name, value, dials[name].annotation)
+            else:
+                paths[name] = value
+        empty = inspect.Parameter.empty
+        if missing := [n for n, d in dials.items() if d.default is empty and n not in arguments]:
+            needs = " ".join(f"{name}=..." for name in missing)
+            raise ConfigError(f"{self.path} has no default for {', '.join(missing)}: add {needs}")
+        with _located(self.file):
+            config = module.config(**arguments)
+        if not isinstance(config, Config):
+            raise ConfigError(f"{self.path}: config(...) returned {config!r} and no Config.")
+        for name, value in paths.items():
+            if "." not in name and name not in dict(parts_of(config)):
+                raise unknown(name, {**dials, **dict(parts_of(config))}, self.file.name)
+            config = override(config, name, value)
+        return config
+
+    def module(self) -> ModuleType:
+        """The recipe executed as a module."""
+        with _located(self.file):
+            module = execute(self.file)
+        if not callable(getattr(module, "config", None)):
+            raise ConfigError(f"{self.path} has no function config(...) -> Config.")
+        return module
+
+    def save(self, run: Path) -> None:
+        """Copy the recipe, the modules that it imports from its folder, and the overrides into a
+        run directory, which does not read the originals after that."""
+        copies = {f"{name}.py": path for name, path in neighbors(self.file).items()}
+        if not copies.get("recipe.py", self.file).samefile(self.file):
+            raise ConfigError(
+                f"{self.path} imports recipe.py, but a run keeps the recipe itself under that "
+                "name: rename recipe.py."
+            )
+        copies["recipe.py"] = self.file
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            for name, path in copies.items():
+                write_whole(run / name, path.read_text())
+            write_whole(run / "overrides.json", json.dumps(self.overrides, indent=1) + "\n")
+            write_whole(run / "config.txt", printed(self.load()))
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot write to {run} ({error}): choose another --workdir."
+            ) from error
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The recipe that a run directory was started with."""
+    if not (run / "overrides.json").is_file():
+        raise ConfigError(f"{run} is no run: it has no overrides.json; name the --workdir of one.")
+    return Recipe(run / "recipe.py", tuple(json.loads((run / "overrides.json").read_text())))
+
+
+def load(recipe: str | Path, *overrides: str, **dials: Any) -> Config:
+    """The config of a recipe, by name or path: `load("mae_digits", "batch_size=64")`."""
+    return Recipe(recipe, (*overrides, *(f"{k}={v}" for k, v in dials.items()))).load()
+
+
+def shipped() -> dict[str, Path]:
+    """{name: file} of the recipes that come with sslx."""
+    package = Path(__file__).parent
+    installed, checkout = package / "configs", package.parent / "configs"
+    folder = installed if installed.is_dir() else checkout
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+# ---- modules ----
+
+
+def execute(file: Path) -> ModuleType:
+    """Execute a file as a module whose imports look in the file's folder first.
+
+    The modules of that folder are executed anew, for this module alone. They are not found through
+    sys.path, where a `tokenize.py` beside a recipe would also be the standard library's. In
+    sys.modules all have names that no import statement can write.
+    """
+    folder, executed = file.absolute().parent, {}
+
+    def module_beside(name, globals=None, locals=None, fromlist=(), level=0):
+        path = folder / f"{name}.py"
+        if level or not path.is_file():
+            return builtins.__import__(name, globals, locals, fromlist, level)
+        return executed.get(path) or run(path)
+
+    def run(path: Path) -> ModuleType:
+        module = executed[path] = ModuleType(f"recipe:{path}")
+        module.__file__ = str(path)
+        module.__builtins__ = {**vars(builtins), "__import__": module_beside}
+        sys.modules[module.__name__] = module  # where dataclasses look annotations up
+        cloudpickle.register_pickle_by_value(module)  # Grain's workers cannot import it
+        exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), vars(module))
+        return module
+
+    return run(folder / file.name)
+
+
+def neighbors(file: Path) -> dict[str, Path]:
+    """{name: file} of the modules in a recipe's folder that it imports, also through others."""
+    paths, unread = {}, [file]
+    while unread:
+        for name in _imported(unread.pop()) - paths.keys():
+            path = file.with_name(f"{name}.py")
+            if path.is_file():
+                paths[name] = path
+                unread.append(path)
+    return paths
+
+
+def _imported(file: Path) -> set[str]:
+    """The names of the modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module)
+    return names
+
+
+@contextlib.contextmanager
+def _located(file: Path) -> Iterator[None]:
+    """Errors raised within become ConfigErrors that begin with the file and line of the recipe, or
+    of its neighbor, where they arose."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [(Path(frame.filename), frame.lineno) for frame in frames]
+        text = str(error)
+        if isinstance(error, SyntaxError) and error.filename:
+            places.append((Path(error.filename), error.lineno))
+            text = error.msg
+        folder = file.absolute().parent
+        own = [f"{file.with_name(p.name)}:{line}" for p, line in places if p.parent == folder]
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        where = own[-1] if own else file
+        raise ConfigError(f"{where}: {kind}{' '.join(text.split())}") from error

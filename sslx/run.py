@@ -1,0 +1,394 @@
+"""A run as a Python value: train it, open it, and use what it learned.
+
+The command line and a notebook call the same functions.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import jax
+import numpy as np
+
+from sslx import engine
+from sslx.checkpoint import CheckpointError, Checkpoints
+from sslx.config import Config, ConfigError, Numbers, difference, lines, printed, unknown
+from sslx.data.formats.arrays import arrays
+from sslx.data.source import Source
+from sslx.evals.features import Features, Pool, dealt, extract, unheard
+from sslx.evals.probes import Probes
+from sslx.export import hf, timm
+from sslx.export.card import About
+from sslx.log import step_rows, write_picture, write_whole
+from sslx.models.encoder import Encoder
+from sslx.ops.flops import flops
+from sslx.ops.trees import path_of
+from sslx.recipes import Recipe, recipe_of
+from sslx.sharding import batch_sharding
+from sslx.state import (
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    check,
+    first_state,
+    fresh_state,
+    new_key,
+    restored,
+)
+from sslx.watch import evaluate, floors
+
+Progress = Callable[[str, int, int], None]
+FORMATS = {"hf": hf.save, "timm": timm.save}
+
+# What the weights of a model do not determine: how it is computed, initialized and trained.
+UNDETERMINED = re.compile(
+    r".*\.(dtype|remat|init|kernel_init|last_gamma|dropout|attention_dropout)(\.|$)"
+)
+
+# The recipe of a run whose config was made in Python.
+PICKLED = '''"""A config that was made in Python and not by a recipe; config.txt shows it."""
+
+from pathlib import Path
+
+import cloudpickle
+
+
+def config():
+    return cloudpickle.loads(Path(__file__).with_name("config.pickle").read_bytes())
+'''
+
+
+def fit(config: Config, run: Path | str | None = None, accept_changes: bool = False) -> "Run":
+    """Train `config` to its last step in the directory `run`, and return the Run.
+
+    A run that was stopped goes on from its newest checkpoint. With None the run is in a temporary
+    directory, which is removed with the returned value. Raises ConfigError where `run` was started
+    with another config, unless `accept_changes`; and what `engine.train` raises.
+    """
+    path = Path(tempfile.mkdtemp(prefix="sslx-") if run is None else run).expanduser()
+    fitted = Run(path, config)
+    if run is None:
+        weakref.finalize(fitted, shutil.rmtree, path, ignore_errors=True)
+    start(config, path, lambda: keep(config, path), accept_changes)
+    return fitted
+
+
+def fit_recipe(recipe: Recipe, run: Path, accept_changes: bool = False) -> "Run":
+    """Train the config of a recipe file, which is copied into the run, and return the Run."""
+    config = recipe.load()
+    start(config, run, lambda: recipe.save(run), accept_changes)
+    return Run(run, config)
+
+
+def start(config: Config, run: Path, save: Callable[[], None], accept_changes: bool) -> None:
+    """Train in `run`, once `save` has written there what it takes to open it."""
+    resumed = (run / "overrides.json").is_file() and not accept_changes
+    if resumed and (changes := difference(recipe_of(run).load(), config)):
+        raise ConfigError(
+            f"{run} was started with another recipe:\n  "
+            + "\n  ".join(changes)
+            + "\nuse another directory, or go on all the same with --accept-changes "
+            "(accept_changes=True)."
+        )
+    check(config)  # what cannot work fails before it is saved
+    if jax.process_index() == 0:
+        save()
+    engine.train(config, run)
+
+
+def keep(config: Config, run: Path) -> None:
+    """Write a config made in Python into a run directory, so that it opens like any other."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.pickle").write_bytes(cloudpickle.dumps(config))
+    write_whole(run / "recipe.py", PICKLED)
+    write_whole(run / "overrides.json", "[]\n")
+    write_whole(run / "config.txt", printed(config))
+
+
+class Run:
+    """A training run: its config, its metrics, and the encoders of its checkpoints.
+
+    All methods read the newest checkpoint that verifies, or that of `step`.
+    """
+
+    def __init__(self, path: Path, config: Config):
+        self.path, self.config = path, config
+        self._restored: dict[int | None, tuple] = {}
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Run":
+        """The run of a directory. Its recipe is executed, which is code: open what you trust."""
+        path = Path(path).expanduser()
+        return cls(path, recipe_of(path).load())
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    def metrics(self) -> dict[str, np.ndarray]:
+        """{"step": [n], name: [n], ...}, float64, a row for each step at which anything was
+        measured; NaN where a metric was not. `plt.plot(m["step"], m["loss"])` draws it."""
+        rows: dict[int, dict[str, float]] = {}
+        for row in step_rows(self.path):
+            rows.setdefault(row.pop("step"), {}).update({k: float(v) for k, v in row.items()})
+        names = dict.fromkeys(name for row in rows.values() for name in row)
+        columns = {n: np.array([row.get(n, np.nan) for row in rows.values()]) for n in names}
+        return {"step": np.array(list(rows), np.float64), **columns}
+
+    def restore(self, step: int | None = None) -> tuple[Config, jax.sharding.Mesh, int, TrainState]:
+        """(config, mesh, step, state) of a checkpoint; kept, so that it is read once."""
+        if step not in self._restored:
+            self._restored = {step: restored(self.path, self.config, step)}
+        return self._restored[step]
+
+    def encoder(self, name: str | None = None, step: int | None = None) -> Encoder:
+        """An encoder of the objective, by default its first, with the params of a checkpoint."""
+        config, _, _, state = self.restore(step)
+        return chosen(config, state, name)
+
+    def features(
+        self,
+        data: str | Source | Mapping[str, np.ndarray] | np.ndarray,
+        *,
+        encoder: str | None = None,
+        pool: Pool = "mean",
+        batch_size: int = 256,
+        step: int | None = None,
+        progress: Progress = unheard,
+    ) -> Features:
+        """Pooled features of every record of a source or array: x [n, D] and label [n].
+
+        data  a URI, a Source, a dict of arrays by the names of the encoder's leaves, or one array
+              for an encoder of one leaf; axis 0 is the example. The recipe's decoder and eval view
+              render them, but arrays that this decoder does not read are taken as they are.
+
+        Labels are -1 where there are none.
+        """
+        config, mesh, _, state = self.restore(step)
+        network, sharding = chosen(config, state, encoder), batch_sharding(mesh)
+        if isinstance(data, np.ndarray | jax.Array):
+            data = {network.signature.leaves[0]: np.asarray(data)}
+        decode = config.data.decode
+        if isinstance(data, Mapping):
+            decode = decode if decode and set(decode.reads) <= set(data) else None
+            data = arrays(**data)
+        pipeline = dataclasses.replace(config.data, source=data, decode=decode)
+        pipeline = dataclasses.replace(pipeline, labels=pipeline.labelled)
+        batch_size, host, hosts = dealt(batch_size, sharding)
+        total = -(-len(pipeline) // batch_size)
+        steps = iter(range(1, total + 1))
+        with (
+            jax.set_mesh(mesh),
+            contextlib.closing(pipeline.epoch(batch_size, host, hosts)) as batches,
+        ):
+            return extract(
+                network,
+                config.views.eval,
+                batches,
+                pool,
+                sharding,
+                advanced=lambda: progress("features", next(steps), total),
+            )
+
+    def evaluate(
+        self,
+        on: tuple[str, ...] = (),
+        data: tuple[str, str] | None = None,
+        step: int | None = None,
+        progress: Progress = unheard,
+    ) -> Numbers:
+        """{column: {name: value}} of every eval of the recipe; also written to evals.json.
+
+        Columns are the checkpoint, random init, and baselines that need no training.
+
+        on    names of evals, or of parts of them such as "knn"; all by default
+        data  (train, test) URIs of labelled data, for the probes instead of the recipe's
+        """
+        config, mesh, step, state = self.restore(step)
+        config = dataclasses.replace(config, evals=selected(config, on, data))
+        columns = {}
+        with jax.set_mesh(mesh):
+            values = evaluate(config, mesh, state, prefixed(progress, f"step {step}"))
+            columns[f"step {step}"] = numbers(values)
+            fresh = evaluate(
+                config, mesh, fresh_state(config, mesh), prefixed(progress, "random init")
+            )
+            columns["random init"] = numbers(fresh)
+            columns |= floors(config, mesh, state, prefixed(progress, "baseline"))
+        if jax.process_index() == 0:
+            for name, picture in values.items():
+                if isinstance(picture, np.ndarray):
+                    write_picture(self.path, f"{name}-{step:06d}", picture)
+            where = f" on {' '.join(data)}" if data else ""
+            self.record({f"{name}{where}": of for name, of in columns.items()})
+        return columns
+
+    def record(self, columns: Numbers) -> None:
+        """Add numbers to evals.json; those of the same names are replaced."""
+        known = self.scores()
+        merged = known | {name: known.get(name, {}) | of for name, of in columns.items()}
+        write_whole(self.path / "evals.json", json.dumps(merged, indent=1) + "\n")
+
+    def scores(self) -> Numbers:
+        """{column: {name: value}} of evals.json, empty before the first evaluation."""
+        path = self.path / "evals.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def export(
+        self,
+        out: Path | str,
+        format: str = "hf",
+        *,
+        encoder: str | None = None,
+        step: int | None = None,
+    ) -> int:
+        """Write a checkpoint for transformers ("hf") or timm ("timm"); returns its step.
+
+        Needs no torch. Raises ValueError for an encoder that the format does not express.
+        """
+        if format not in FORMATS:
+            raise unknown(format, FORMATS, "format")
+        config, mesh, step, state = self.restore(step)
+        params, buffers = jax.tree.map(np.asarray, jax.device_get((state.params, state.buffers)))
+        seen = jax.eval_shape(config.views.eval, new_key(config), abstract_batch(config, mesh))
+        about = About(
+            shapes={name: x.shape for name, x in seen.items()},
+            views=config.views,
+            data=config.data,
+            step=step,
+            recipe=printed(config),
+            numbers=self.scores().get(f"step {step}", {}),
+        )
+        FORMATS[format](config.objective, params, buffers, Path(out).expanduser(), about, encoder)
+        return step
+
+
+# ---- what the methods share ----
+
+
+def chosen(config: Config, state: TrainState, name: str | None) -> Encoder:
+    """The objective's encoder of that name, by default the first."""
+    encoders = config.objective.encoders(state.params, state.buffers)
+    name = name or next(iter(encoders))
+    if name not in encoders:
+        raise unknown(name, encoders, f"{type(config.objective).__name__}.encoders()")
+    return encoders[name]
+
+
+def selected(config: Config, on: tuple[str, ...], data: tuple[str, str] | None) -> dict[str, Any]:
+    """The evals of `config`, on other data or only some of them."""
+    evals = dict(config.evals)
+    if data:
+        sets = [dataclasses.replace(config.data, source=uri, labels=True) for uri in data]
+        probes = [e for e in evals.values() if isinstance(e, Probes)] or [Probes(*sets)]
+        evals = {"probes": dataclasses.replace(probes[0], train=sets[0], test=sets[1])}
+        evals["probes"].check()
+    if not evals:
+        raise ConfigError("The recipe has no evals: give labelled data, --data TRAIN TEST.")
+    if not on:
+        return evals
+    parts = {name: tuple(n for n in on if n in e.parts()) for name, e in evals.items()}
+    known = dict.fromkeys([*evals, *(n for e in evals.values() for n in e.parts())])
+    for name in on:
+        if name not in known:
+            raise unknown(name, known, "--on")
+    return {
+        name: evals[name] if name in on else evals[name].only(parts[name])
+        for name in evals
+        if name in on or parts[name]
+    }
+
+
+def prefixed(progress: Progress, column: str) -> Progress:
+    """A Progress whose tasks are those of one column."""
+    return lambda task, done, total: progress(f"{column}: {task}", done, total)
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation, without its pictures."""
+    return {name: x for name, x in values.items() if not isinstance(x, np.ndarray)}
+
+
+# ---- import and show ----
+
+
+def import_checkpoint(
+    source: Path, run: Path, recipe: Path | str | None = None, overrides: tuple[str, ...] = ()
+) -> Run:
+    """A run at step 0 with the weights of a Hugging Face directory, to continue or to probe.
+
+    The recipe is the model's own by default; its model is made the checkpoint's.
+    """
+    if (run / "overrides.json").exists():
+        raise ConfigError(f"{run} is a run already: name a new directory.")
+    checkpoint = hf.read(source)
+    base = Recipe(recipe or checkpoint.recipe)
+    fields = determined(checkpoint.parts, base.load())
+    where = f"start={os.path.abspath(source)}"
+    recipe = Recipe(base.path, (*fields, where, *overrides))
+    config = recipe.load()
+    state = first_state(config, config.mesh.build())
+    recipe.save(run)
+    checkpoints = Checkpoints(run / "checkpoints", config.keep)
+    checkpoints.save(0, state)
+    checkpoints.close()
+    if not checkpoints.steps():
+        raise CheckpointError(f"{run} could not be written: make room and import again.")
+    return Run(run, config)
+
+
+def determined(parts: Mapping[str, Any], config: Config) -> list[str]:
+    """Overrides that make the parts of `config` at those paths what a checkpoint determines.
+
+    A path stands for all that end with it: the vocabulary of an eval's data is the data's own.
+    """
+    known = [line.split(" = ")[0] for line in lines(config)]
+    overrides = []
+    for path, value in parts.items():
+        for place in [p for p in known if f".{p}".endswith(f".{path}")] or [path]:
+            of = dict(line.split(" = ") for line in lines(value, place))
+            inner = {name.rpartition(".")[0] for name in of}
+            overrides += [
+                f"{name}={text}"
+                for name, text in of.items()
+                if name not in inner and not UNDETERMINED.match(name)
+            ]
+    return overrides
+
+
+def summary(config: Config) -> str:
+    """A recipe's params with their shapes and shardings, and its memory and FLOPs, as a table."""
+    mesh = config.mesh.build()
+    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+    rows = [("params", "shape", "sharding", "size")]
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        cut = ", ".join("*".join(c) if isinstance(c, tuple) else str(c) for c in leaf.sharding.spec)
+        rows.append((path_of(keys), str(leaf.shape), f"({cut})", f"{leaf.size:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        "  ".join(
+            (*(x.ljust(n) for x, n in zip(row[:3], widths, strict=False)), row[3].rjust(widths[3]))
+        )
+        for row in rows
+    ]
+    with jax.set_mesh(mesh):
+        work = flops(lambda s, b: engine.train_step(s, b, config=config), state, batch)
+    size = sum(x.size for x in jax.tree.leaves(state.params))
+    memory = sum(np.prod(x.shape) * 4 for x in jax.tree.leaves(state)) / 2**30
+    each = f"{work / config.batch_size / 1e9:.4g} G"
+    return "\n".join(
+        [
+            *table,
+            f"params {size:,}, on a mesh of {dict(mesh.shape)}",
+            f"state {memory:.2f} GiB (params, moments, buffers), all devices together",
+            f"FLOPs per example, a whole step, with what it computes twice: {each}",
+        ]
+    )

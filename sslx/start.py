@@ -1,0 +1,115 @@
+"""Params of step 0 from another run or checkpoint."""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sslx import checkpoint
+from sslx.export import hf
+from sslx.ops.positions import extended
+from sslx.ops.trees import path_of
+from sslx.types import Array, Buffers, Params
+
+log = logging.getLogger("sslx")
+
+Resize = Callable[[Array, Array], Array]  # (their table, our fresh one) -> a table of our shape
+
+
+@dataclass(frozen=True)
+class Start:
+    """Params and buffers of step 0, taken from a run or from a checkpoint of another library.
+
+    source  the directory of a run, one that `sslx export` wrote, or a Hugging Face checkpoint
+    step    of a run: which of its checkpoints; the newest by default
+    names   pairs (theirs, ours) of branches of {"params": ..., "buffers": ...}: a run of BYOL has
+            its slow encoder at "buffers/target/params/encoder". A branch of ours that several pairs
+            fill gets the last
+    resize  pairs (pattern, rule) for tables of another number of rows: the first pattern that
+            matches the whole path says how a table becomes one of our shape. The default keeps
+            the learned positions of a text encoder and leaves those beyond as they were drawn
+
+    What is not taken, on either side, is said. Where a run is resumed, nothing is read.
+    """
+
+    source: str
+    step: int | None = None
+    names: tuple[tuple[str, str], ...] = (("params", "params"), ("buffers", "buffers"))
+    resize: tuple[tuple[str, Resize], ...] = ((r"(.*/)?position/table", extended),)
+
+    def __call__(self, params: Params, buffers: Buffers) -> tuple[Params, Buffers]:
+        """`params` and `buffers` with what the source holds in place of their own values.
+
+        Every array keeps its sharding. Raises ValueError where nothing fits, or where a shape
+        differs and no rule says what to do.
+        """
+        state = {"params": params, "buffers": buffers}
+        theirs = self.read()
+        ours = {path_of(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(state)}
+        pairs = {
+            our + path[len(their) :]: path
+            for their, our in self.names
+            for path in theirs
+            if path == their or path.startswith(f"{their}/")
+        }
+        pairs = {our: their for our, their in pairs.items() if our in ours}
+        if not pairs:
+            raise ValueError(
+                f"{self.source} has nothing for this run: it holds {branches(theirs)}, and the run "
+                f"{branches(ours)}; say which branch is which, names=((theirs, ours), ...)."
+            )
+        arrays = {our: self.fitted(our, theirs[their], ours[our]) for our, their in pairs.items()}
+        self.report(ours.keys() - pairs.keys(), theirs.keys() - set(pairs.values()))
+        state = jax.tree_util.tree_map_with_path(lambda k, x: arrays.get(path_of(k), x), state)
+        return state["params"], state["buffers"]
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Every array of the source by its path, such as "params/encoder/class"."""
+        source = Path(self.source).expanduser()
+        if (source / "checkpoints").is_dir():
+            tree = checkpoint.load(source / "checkpoints", self.step)
+            state = {name: tree.get(name, {}) for name in ("params", "buffers")}
+        else:
+            saved = hf.read(source)
+            state = {"params": saved.params, "buffers": saved.buffers}
+        return {path_of(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(state)}
+
+    def fitted(self, path: str, theirs: np.ndarray, ours: Array) -> Array:
+        """Their array with the shape, dtype and sharding of ours."""
+        if theirs.shape == ours.shape:
+            return placed(theirs.astype(ours.dtype), ours.sharding)
+        rules = [rule for pattern, rule in self.resize if re.fullmatch(pattern, path)]
+        if not rules:
+            raise ValueError(
+                f"{path} is {list(theirs.shape)} in {self.source} and {list(ours.shape)} in this "
+                f"run: build the model of that size, leave the branch out of names, or give a "
+                f"rule, resize=((pattern, rule), ...)."
+            )
+        log.info("%s: %s is resized from %s to %s", self.source, path, theirs.shape, ours.shape)
+        whole = jax.sharding.NamedSharding(ours.sharding.mesh, jax.sharding.PartitionSpec())
+        resized = jax.jit(rules[0], out_shardings=ours.sharding)
+        return resized(placed(theirs.astype(ours.dtype), whole), ours)
+
+    def report(self, missing: set[str], unused: set[str]) -> None:
+        """Say which arrays of the run start at random, and which of the source are not used."""
+        if jax.process_index():
+            return
+        for paths, what in ((missing, "lacks"), (unused, "has, beside what is used,")):
+            if paths:
+                log.warning("%s %s %s", self.source, what, branches(dict.fromkeys(sorted(paths))))
+
+
+def placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> Array:
+    """A host array that every process holds, as one sharded array."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def branches(paths: Mapping[str, object], most: int = 6) -> str:
+    """The first few of many paths, shortened to three levels, and how many there are."""
+    short = list(dict.fromkeys("/".join(path.split("/")[:3]) for path in paths))
+    rest = f" and {len(short) - most} more branches" if len(short) > most else ""
+    return (", ".join(short[:most]) or "nothing") + rest

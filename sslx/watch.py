@@ -1,0 +1,160 @@
+"""Watching a run: metrics as they arrive, alarms, and evaluations between steps."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sslx.checkpoint import Checkpoints
+from sslx.config import Config, Numbers
+from sslx.log import Clock, Log, write_whole
+from sslx.sharding import batch_sharding
+from sslx.state import TrainState, first_state, fresh_state
+from sslx.types import Metrics
+
+# The metrics that show a step to be sound: a good loss alone does not vouch for the params it left.
+FINITE = ("loss", "grad_norm", "param_norm")
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient is not finite."""
+
+
+class Collapsed(Diverged):
+    """The run collapsed: the embeddings of all examples are nearly equal."""
+
+
+class Watch:
+    """Logs metrics once they have arrived, and stops a run that diverged or collapsed."""
+
+    def __init__(self, config: Config, log: Log, checkpoints: Checkpoints):
+        self.config, self.log, self.checkpoints = config, log, checkpoints
+        self.clock, self.since, self.skipped, self.flat = Clock(), 0, 0, 0
+
+    def see(self, step: int, metrics: Metrics, dropped: dict[str, str]) -> None:
+        """One step's metrics, fetched here, while the next step is already under way."""
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        self.skipped += int(values.pop("skipped", 0))
+        finite = all(np.isfinite(values[name]) for name in FINITE)
+        if not finite and self.config.nonfinite == "stop":
+            raise Diverged(self.diagnosis(step, values))
+        self.collapse(step, values)
+        self.since += 1
+        if step > 1 and step % self.config.log_every and step != self.config.steps:
+            return self.log.progress(step)
+        rate, waited = self.clock.read(self.since)
+        self.since, speed = 0, rate * self.config.batch_size
+        counts = {"skipped": self.skipped, "data/dropped": len(dropped)}
+        counts = {name: n for name, n in counts.items() if n}
+        self.log.write(step, {**values, "examples_per_s": speed, "data/waited": waited, **counts})
+        parts = [f"loss {values['loss']:.4f}", f"{speed:,.0f} examples/s", f"waited {waited:.0%}"]
+        parts += [f"{name} {n}" for name, n in counts.items()]
+        self.log.progress(step, "  ".join(parts), line=True)
+
+    def diagnosis(self, step: int, values: dict[str, float]) -> str:
+        values_text = ", ".join(f"{name} {values[name]:.4g}" for name in FINITE)
+        return (
+            f"Step {step}: {values_text}; {self.kept(step)}. "
+            f"Lower the learning rate or clip gradients, or drop such steps: nonfinite=skip."
+        )
+
+    def collapse(self, step: int, values: dict[str, float]) -> None:
+        """Warn, once, or stop when the embeddings of all examples have become one."""
+        alarm = self.config.collapse
+        self.flat = self.flat + 1 if values.get(alarm.metric, np.inf) < alarm.below else 0
+        if self.flat != alarm.patience:
+            return
+        text = (
+            f"Step {step}: {alarm.metric} {values[alarm.metric]:.2g} has been below {alarm.below} "
+            f"for {alarm.patience} steps, all embeddings are nearly one: the run has collapsed; "
+            f"{self.kept(step - alarm.patience)}. Look at the learning rate, the predictor and the "
+            f"target's decay, the views"
+        )
+        if alarm.then == "stop":
+            raise Collapsed(f"{text}; or go on with collapse.then=warn.")
+        self.log.warn(f"{text}; collapse.then=stop would end it here.")
+
+    def kept(self, step: int) -> str:
+        good = self.newest(step)
+        return f"the newest checkpoint from before is step {good}" if good else "nothing saved"
+
+    def newest(self, before: int | None = None) -> int:
+        """The newest checkpoint, once all is written, or the newest before a step; 0 for none."""
+        self.checkpoints.wait()
+        return max((s for s in self.checkpoints.steps() if before is None or s < before), default=0)
+
+
+class Scores:
+    """The evaluations of a run, in evals.json: those of random init first."""
+
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, run: Path, log: Log):
+        self.config, self.mesh, self.log, self.path = config, mesh, log, run / "evals.json"
+        self.known = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def begin(self, start: int, state: TrainState | None) -> TrainState:
+        """The state to go on from, after the evaluations that are missing: random init, once in a
+        run's life, and the step resumed from, if a stop came between its save and its evaluation.
+        """
+        config, names = self.config, ("random init", f"step {start}")
+        missing = np.asarray([bool(config.evals) and name not in self.known for name in names])
+        if jax.process_count() > 1:  # a shared disk may show its files unequal
+            missing = multihost_utils.broadcast_one_to_all(missing)
+        if state is None or missing[0]:
+            fresh = fresh_state(config, self.mesh)
+            self.add(0, fresh, "random init")
+        if state is None:
+            return first_state(config, self.mesh) if config.start else fresh
+        if missing[1] and (start % config.eval_every == 0 or start >= config.steps):
+            self.add(start, state)
+        return state
+
+    def add(self, step: int, state: TrainState, name: str = "") -> None:
+        """Run every eval, write its numbers and pictures, say them beside random init's."""
+        if not self.config.evals:
+            return
+
+        def progress(task: str, done: int, total: int) -> None:
+            self.log.progress(step, f"evaluating: {task} {done}/{total}")
+
+        self.log.progress(step, "evaluating")
+        values = evaluate(self.config, self.mesh, state, progress)
+        self.log.write(step, values)
+        scores = {k: v for k, v in values.items() if not isinstance(v, np.ndarray)}
+        base = self.known.get("random init", {})
+        self.known[name or f"step {step}"] = scores
+        if self.log.speaks:
+            with self.log.forgiving(step, self.path.name):
+                write_whole(self.path, json.dumps(self.known, indent=1) + "\n")
+        parts = [
+            f"{k} {v:.4g}" + (f" ({base[k]:.4g})" if k in base else "") for k, v in scores.items()
+        ]
+        self.log.say(f"step {step}{' (random init)' * bool(base)}:  " + "  ".join(parts))
+
+
+def evaluate(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+) -> dict[str, float | np.ndarray]:
+    """All numbers and pictures of all evals of `config` for a state on `mesh`."""
+    given = (config.objective, state.params, state.buffers, config.views, batch_sharding(mesh))
+    return {n: x for run in config.evals.values() for n, x in run(*given, progress)}
+
+
+def floors(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+) -> Numbers:
+    """{baseline: {name: value}} of all evals of `config`, of what needs no training."""
+    given = (config.objective, state.params, state.buffers, config.views, batch_sharding(mesh))
+    columns: Numbers = {}
+    for run in config.evals.values():
+        for name, values in run.floors(*given, progress).items():
+            columns[name] = columns.get(name, {}) | values
+    return columns

@@ -1,0 +1,167 @@
+"""Params of step 0 from a run or a directory: what is taken, resized, missing and left over."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import ROWS
+from exports import about
+from flax.traverse_util import flatten_dict
+
+import sslx
+from sslx import state
+from sslx.checkpoint import Checkpoints
+from sslx.data.image import Image
+from sslx.export import hf
+from sslx.models.vit import ViT
+from sslx.objectives.mae import MAE, Decoder
+from sslx.ops.positions import antialiased, extended, interpolated, interpolated_by_scale
+from sslx.optim import AdamW
+from sslx.schedules import Constant
+from sslx.start import Start
+from sslx.views import mae
+
+OBJECTIVE = MAE(ViT(16, 2, 2, patch=2), Decoder(16, 1, 2))
+
+
+def config_of(side=8, objective=OBJECTIVE, start=None, steps=3):
+    return sslx.Config(
+        objective=objective,
+        data=sslx.Pipeline("digits:train", Image(side, channels=1)),
+        views=mae(side, statistics=((0.3,), (0.37,))),
+        optimizer=AdamW(Constant(1e-3)),
+        steps=steps,
+        batch_size=16,
+        start=start,
+    )
+
+
+def params_of(config):
+    """Of step 0, on the host, by path."""
+    first = state.first_state(config, config.mesh.build())
+    return flatten_dict(jax.device_get(first.params), sep="/")
+
+
+def random_params(seed=0):
+    r = np.random.default_rng(seed)
+    shapes = params_of(config_of())
+    flat = {path: r.normal(0, 0.1, x.shape).astype(np.float32) for path, x in shapes.items()}
+    return flat
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return sslx.fit(config_of(), tmp_path_factory.mktemp("start") / "run")
+
+
+def taken(run):
+    return flatten_dict(jax.device_get(run.restore()[3].params), sep="/")
+
+
+def test_mae_goes_on_from_a_checkpoint_at_another_grid(trained, tmp_path):
+    """4 x 4 patches become 8 x 8: positions are computed, and all else is taken."""
+    trained.export(tmp_path / "out")
+    config = config_of(16, start=str(tmp_path / "out"))
+    ours = params_of(config)
+    for path, x in taken(trained).items():
+        np.testing.assert_array_equal(ours[path], x, err_msg=path)
+    run = sslx.fit(config, tmp_path / "run")
+    assert np.isfinite(run.metrics()["loss"]).all() and run.metrics()["step"].max() == 3
+
+
+def test_a_run_starts_from_another_and_resumes_from_itself(trained, tmp_path):
+    start = Start(str(trained.path))
+    ours = params_of(config_of(start=start))
+    assert all(np.array_equal(ours[path], x) for path, x in taken(trained).items())
+    fitted = sslx.fit(config_of(start=start, steps=2), tmp_path / "run")
+    (tmp_path / "gone").mkdir()
+    absent = Start(str(tmp_path / "gone" / "x"))  # what a resumed run never reads
+    again = sslx.fit(config_of(start=absent, steps=4), tmp_path / "run", accept_changes=True)
+    assert fitted.config.steps == 2 and again.restore()[2] == 4
+    with pytest.raises(ValueError, match="give the directory of a Hugging Face checkpoint"):
+        params_of(config_of(start=absent))
+
+
+def test_buffers_and_branches_by_name(tmp_path):
+    """BYOL's slow encoder becomes the encoder of a run; what it lacks is named, and left."""
+    row, mesh = ROWS["BYOL"], sslx.Mesh().build()
+    from contract import config_of as contract_config
+
+    config = contract_config(row)
+    with jax.set_mesh(mesh):
+        first = state.fresh_state(config, mesh)
+    slow = first.buffers["target"]["params"]["encoder"]
+    slow = jax.tree.map(lambda x: x + 1, slow)
+    target = {**first.buffers["target"]["params"], "encoder": slow}
+    buffers = {**first.buffers, "target": {**first.buffers["target"], "params": target}}
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    checkpoints.save(0, first.replace(buffers=buffers))
+    checkpoints.close()
+    names = (("buffers/target/params/encoder", "params/encoder"),)
+    start = Start(str(tmp_path / "run"), names=names)
+    with jax.set_mesh(mesh):
+        params, untouched = start(first.params, first.buffers)
+    jax.tree.map(np.testing.assert_array_equal, params["encoder"], slow)
+    jax.tree.map(np.testing.assert_array_equal, params["projector"], first.params["projector"])
+    jax.tree.map(np.testing.assert_array_equal, untouched, first.buffers)
+
+
+def test_what_is_missing_and_left_over_is_said(trained, tmp_path, caplog):
+    trained.export(tmp_path / "out")
+    with caplog.at_level(logging.WARNING, "sslx"):
+        ours = params_of(config_of(start=str(tmp_path / "out" / "encoder")))
+    assert "encoder lacks params/decoder/" in caplog.text
+    fresh = params_of(config_of())
+    theirs = taken(trained)
+    for path, x in ours.items():
+        assert np.array_equal(x, (fresh if path.startswith("decoder") else theirs)[path]), path
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "sslx"):
+        params_of(config_of(start=Start(str(trained.path), names=(("params/encoder",) * 2,))))
+    assert "has, beside what is used, params/decoder/" in caplog.text
+
+
+def test_what_does_not_fit_is_refused(trained, tmp_path):
+    hf.save(OBJECTIVE, trained.restore()[3].params, {}, tmp_path, about(8))
+    wide = MAE(ViT(32, 2, 2, patch=2), Decoder(16, 1, 2))
+    with pytest.raises(ValueError, match=r"params/\S+ is \[.*\] in .* and \[.*32.*\] in this run"):
+        params_of(config_of(objective=wide, start=str(tmp_path)))
+    with pytest.raises(ValueError, match="has nothing for this run: it holds params/decoder"):
+        params_of(config_of(start=Start(str(tmp_path), names=(("params/x", "params/y"),))))
+
+
+# ---- tables of positions ----
+
+
+def test_a_longer_table_keeps_its_rows():
+    table, fresh = jnp.ones((3, 2)), jnp.zeros((5, 2))
+    np.testing.assert_array_equal(extended(table, fresh)[:, 0], [1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(extended(fresh, table)[:, 0], [0, 0, 0])
+
+
+@pytest.mark.parametrize(("before", "after"), [(37, 16), (16, 37), (5, 5), (3, 8)])
+@pytest.mark.parametrize("rule", [interpolated, interpolated_by_scale, antialiased])
+def test_tables_of_a_grid_are_resized_as_torch_does(rule, before, after):
+    """Trap 18: 518 to 224 pixels is 37 to 16 patches, three ways that differ."""
+    torch = pytest.importorskip("torch", reason="NOT CHECKED: position tables are torch's")
+    r = np.random.default_rng(0)
+    table = r.normal(size=(1 + before**2, 4)).astype(np.float32)
+    fresh = jnp.zeros((1 + after**2, 4))
+    grid = table[1:].reshape(before, before, 4).transpose(2, 0, 1)[None].astype(np.float64)
+    how = {"size": (after, after), "antialias": rule is antialiased}
+    if rule is interpolated_by_scale:
+        how = {"scale_factor": ((after + 0.1) / before,) * 2}
+    resized = torch.nn.functional.interpolate(
+        torch.tensor(grid), mode="bicubic", align_corners=False, **how
+    )
+    expected = resized[0].numpy().transpose(1, 2, 0).reshape(after**2, 4)
+    ours = np.asarray(rule(jnp.asarray(table), fresh))
+    np.testing.assert_allclose(ours[1:], expected, atol=2e-6)
+    np.testing.assert_array_equal(ours[0], table[0])
+
+
+def test_tables_that_are_no_grids_are_refused():
+    with pytest.raises(ValueError, match="of 17 and 16 rows are not square grids behind as many"):
+        interpolated(jnp.zeros((17, 2)), jnp.zeros((16, 2)))
