@@ -32,38 +32,43 @@ class ConfigError(ValueError):
 Numbers = dict[str, dict[str, float]]  # {column: {name: value}}
 
 
-class Eval(abc.ABC):
-    """An evaluation of a state, as numbers and pictures.
+# Called with (what is being done, how many parts of it are done, how many there are).
+Progress = Callable[[str, int, int], None]
 
-    It is called with the state's params and buffers, the recipe's views, the sharding of a batch,
-    and `progress(task, done, total)`, which shows how far it is.
+
+def unheard(task: str, done: int, total: int) -> None:
+    """A Progress that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an evaluation is about: params and buffers of an objective, and how data reach them.
+
+    views     the recipe's: encoders see what its eval view renders
+    sharding  of a batch; None leaves all on one device
+    progress  shows how far the evaluation is
     """
+
+    objective: Objective
+    params: Params
+    buffers: Buffers
+    views: Views = Views()
+    sharding: NamedSharding | None = None
+    progress: Progress = unheard
+
+
+class Eval(abc.ABC):
+    """An evaluation of what was trained, as numbers and pictures."""
 
     def check(self) -> None:
         """Raise ValueError now, before any device work, for what cannot be evaluated."""
         return None
 
     @abc.abstractmethod
-    def __call__(
-        self,
-        objective: Objective,
-        params: Params,
-        buffers: Buffers,
-        views: Views,
-        sharding: NamedSharding | None = None,
-        progress: Callable[[str, int, int], None] = lambda task, done, total: None,
-    ) -> Iterator[tuple[str, float | np.ndarray]]:
+    def __call__(self, trained: Trained) -> Iterator[tuple[str, float | np.ndarray]]:
         """(name, float) or (name, uint8 picture [H, W, C]), one after another."""
 
-    def floors(
-        self,
-        objective: Objective,
-        params: Params,
-        buffers: Buffers,
-        views: Views,
-        sharding: NamedSharding | None = None,
-        progress: Callable[[str, int, int], None] = lambda task, done, total: None,
-    ) -> Numbers:
+    def floors(self, trained: Trained) -> Numbers:
         """{baseline: {name: value}} of what needs no training; none by default."""
         return {}
 

@@ -21,15 +21,25 @@ import numpy as np
 
 from sslx import engine
 from sslx.checkpoint import CheckpointError, Checkpoints
-from sslx.config import Config, ConfigError, Numbers, difference, lines, printed, unknown
+from sslx.config import (
+    Config,
+    ConfigError,
+    Numbers,
+    Progress,
+    difference,
+    lines,
+    printed,
+    unheard,
+    unknown,
+)
 from sslx.data.formats.arrays import arrays
 from sslx.data.source import Source
-from sslx.evals.features import Features, Pool, dealt, extract, unheard
+from sslx.evals.features import Features, Pool, dealt, extract
 from sslx.evals.probes import Probes
 from sslx.export import hf, timm
 from sslx.export.card import About
 from sslx.log import step_rows, write_picture, write_whole
-from sslx.models.encoder import Encoder
+from sslx.models.encoder import Encoder, chosen
 from sslx.ops.flops import flops
 from sslx.ops.trees import path_of
 from sslx.recipes import Recipe, recipe_of
@@ -46,7 +56,6 @@ from sslx.state import (
 )
 from sslx.watch import evaluate, floors
 
-Progress = Callable[[str, int, int], None]
 FORMATS = {"hf": hf.save, "timm": timm.save}
 
 # What the weights of a model do not determine: how it is computed, initialized and trained.
@@ -152,7 +161,7 @@ class Run:
     def encoder(self, name: str | None = None, step: int | None = None) -> Encoder:
         """An encoder of the objective, by default its first, with the params of a checkpoint."""
         config, _, _, state = self.restore(step)
-        return chosen(config, state, name)
+        return chosen(config.objective.encoders(state.params, state.buffers), name)
 
     def features(
         self,
@@ -172,8 +181,8 @@ class Run:
 
         Labels are -1 where there are none.
         """
-        config, mesh, _, state = self.restore(step)
-        network, sharding = chosen(config, state, encoder), batch_sharding(mesh)
+        config, mesh, _, _ = self.restore(step)
+        network, sharding = self.encoder(encoder, step), batch_sharding(mesh)
         if isinstance(data, np.ndarray | jax.Array):
             data = {network.signature.leaves[0]: np.asarray(data)}
         decode = config.data.decode
@@ -272,15 +281,6 @@ class Run:
 
 
 # ---- what the methods share ----
-
-
-def chosen(config: Config, state: TrainState, name: str | None) -> Encoder:
-    """The objective's encoder of that name, by default the first."""
-    encoders = config.objective.encoders(state.params, state.buffers)
-    name = name or next(iter(encoders))
-    if name not in encoders:
-        raise unknown(name, encoders, f"{type(config.objective).__name__}.encoders()")
-    return encoders[name]
 
 
 def selected(config: Config, on: tuple[str, ...], data: tuple[str, str] | None) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Watching a run: metrics as they arrive, alarms, and evaluations between steps."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sslx.checkpoint import Checkpoints
-from sslx.config import Config, Numbers
+from sslx.config import Config, Numbers, Progress, Trained, unheard
 from sslx.log import Clock, Log, write_whole
 from sslx.sharding import batch_sharding
 from sslx.state import TrainState, first_state, fresh_state
@@ -138,23 +137,30 @@ def evaluate(
     config: Config,
     mesh: jax.sharding.Mesh,
     state: TrainState,
-    progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+    progress: Progress = unheard,
 ) -> dict[str, float | np.ndarray]:
     """All numbers and pictures of all evals of `config` for a state on `mesh`."""
-    given = (config.objective, state.params, state.buffers, config.views, batch_sharding(mesh))
-    return {n: x for run in config.evals.values() for n, x in run(*given, progress)}
+    trained = trained_by(config, mesh, state, progress)
+    return {name: x for run in config.evals.values() for name, x in run(trained)}
 
 
 def floors(
     config: Config,
     mesh: jax.sharding.Mesh,
     state: TrainState,
-    progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+    progress: Progress = unheard,
 ) -> Numbers:
     """{baseline: {name: value}} of all evals of `config`, of what needs no training."""
-    given = (config.objective, state.params, state.buffers, config.views, batch_sharding(mesh))
-    columns: Numbers = {}
+    trained, columns = trained_by(config, mesh, state, progress), {}
     for run in config.evals.values():
-        for name, values in run.floors(*given, progress).items():
+        for name, values in run.floors(trained).items():
             columns[name] = columns.get(name, {}) | values
     return columns
+
+
+def trained_by(
+    config: Config, mesh: jax.sharding.Mesh, state: TrainState, progress: Progress
+) -> Trained:
+    """What the evals of `config` are about."""
+    sharding = batch_sharding(mesh)
+    return Trained(config.objective, state.params, state.buffers, config.views, sharding, progress)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx import sharding
+from sslx.config import Trained
 from sslx.evals import KNN, Features, Health, LinearProbe, Probes, extract, features, health, knn
 from sslx.evals.linear import score
 from sslx.models.encoder import Encoder, Floor, Signature, encoder
@@ -331,11 +332,12 @@ def test_extract_on_eight_devices_is_that_of_one(tensor):
         spread = extract(patches(params), Scale(), Set(100).epoch(16), sharding=batch)
         np.testing.assert_allclose(spread.x, alone.x, atol=1e-6)
         np.testing.assert_array_equal(spread.label, alone.label)
+        trained = Trained(Probed(), params["params"], {}, VIEWS, batch)
         with jax.transfer_guard("disallow"):  # as the loop that calls it may have it
-            found = dict(PROBES(Probed(), params["params"], {}, VIEWS, batch))
-        odd = dict(replace(PROBES, batch_size=30).measure(patches(params), VIEWS, batch))
+            found = dict(PROBES(trained))
+        odd = dict(replace(PROBES, batch_size=30)(trained))
     assert found["knn/top1"] > 0.95
-    assert odd == dict(replace(PROBES, batch_size=32).measure(patches(params), VIEWS, batch))
+    assert odd == dict(replace(PROBES, batch_size=32)(trained))
 
 
 def test_extract_names_what_is_wrong():
@@ -375,13 +377,15 @@ PROBES = Probes(
 
 
 def test_probes_measure_an_encoder_and_pixels():
-    found = dict(PROBES(Probed(), variables()["params"], {}, VIEWS))
+    found = dict(PROBES(Trained(Probed(), variables()["params"], {}, VIEWS)))
     assert {name.split("/")[0] for name in found} == {"knn", "linear", "health"}
     assert all(type(value) is float for value in found.values())
     assert found["knn/top1"] > 0.95 and found["linear/top1"] > 0.95
     assert 0 < found["health/alignment"] < 0.1
-    assert found == dict(PROBES(Probed(), variables()["params"], {}, VIEWS))
-    pixels = dict(replace(PROBES, on=(KNN(), Health())).measure(PIXELS, VIEWS))
+    assert found == dict(PROBES(Trained(Probed(), variables()["params"], {}, VIEWS)))
+    pixels = dict(
+        replace(PROBES, on=(KNN(), Health())).measure(PIXELS, Trained(Probed(), {}, {}, VIEWS))
+    )
     assert pixels["knn/top1"] > 0.95 and 0 < pixels["health/alignment"] < 2
     assert {PROBES: 1}[replace(PROBES)] == 1 and "KNN(k=20" in repr(PROBES)
 
@@ -394,6 +398,8 @@ def test_pairs_are_two_renderings_and_only_made_if_asked():
         yield "none", 0.0
 
     for views in (VIEWS, Views(Scale(1), Scale())):
-        list(replace(PROBES, on=(probe,), pairs=64).measure(PIXELS, views))
+        list(
+            replace(PROBES, on=(probe,), pairs=64).measure(PIXELS, Trained(Probed(), {}, {}, views))
+        )
         gap = seen["x"] - seen["y"]
         assert gap.shape == (64, 192) and np.std(gap) == pytest.approx(0.1 * 2**0.5, rel=0.05)

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 import sslx
 from sslx import state
 from sslx.cli import main
+from sslx.config import Trained
 from sslx.data.text.tokens import Tokens
 from sslx.evals.features import extract
 from sslx.evals.text import Perplexity, fill
@@ -810,7 +811,7 @@ def test_held_out_perplexity():
                 word = batch["tokens"][row, places[row, j]]
                 loss, targets = [*loss, -math.log(p[row, j, word])], [*targets, word]
                 hits.append(p[row, j].argmax() == word)
-    found = dict(Perplexity(Held(), 16)(objective, params, {}, views))
+    found = dict(Perplexity(Held(), 16)(Trained(objective, params, {}, views)))
     share = np.bincount(targets) / len(targets)
     entropy = -sum(s * math.log(s) for s in share if s)
     assert found["mlm/loss"] == pytest.approx(np.mean(loss), rel=1e-5)
@@ -818,10 +819,10 @@ def test_held_out_perplexity():
     assert found["mlm/accuracy"] == pytest.approx(np.mean(hits))
     assert found["unigram/perplexity"] == pytest.approx(math.exp(entropy), rel=1e-5)
     assert found["unigram/accuracy"] == pytest.approx(share.max())
-    assert found == dict(Perplexity(Held(), 16)(objective, params, {}, views))
+    assert found == dict(Perplexity(Held(), 16)(Trained(objective, params, {}, views)))
     spread = batch_sharding(Mesh().build())
     with jax.set_mesh(spread.mesh):
-        again = dict(Perplexity(Held(), 16)(objective, params, {}, views, spread))
+        again = dict(Perplexity(Held(), 16)(Trained(objective, params, {}, views, spread)))
     assert {name: pytest.approx(x, rel=1e-5) for name, x in found.items()} == again
 
 

@@ -98,7 +98,7 @@ def test_a_method_of_a_made_up_modality(tmp_path, capfd):
     scores = run.evaluate()
     assert list(scores) == ["step 40", "random init"]
     assert scores["step 40"]["knn/top1"] > 0.9
-    with pytest.raises(ValueError, match="Autoencode") as refused:
+    with pytest.raises(ValueError, match="this encoder is encode") as refused:
         run.export(tmp_path / "out")
     assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "out").exists()
     assert main(["eval", str(tmp_path / "run"), "--on", "knn"]) == 0  # by the command line too

@@ -17,14 +17,6 @@ from sslx.sharding import ways
 from sslx.types import Array
 
 View = Callable[[Array, Any], Any]  # (key, batch) -> batch that the encoder reads
-# Called with (what is being done, batches done, batches in all): a progress bar.
-Progress = Callable[[str, int, int], None]
-
-
-def unheard(task: str, done: int, total: int) -> None:
-    """A Progress that shows nothing."""
-
-
 IN_FLIGHT = 4  # batches dispatched before the oldest one's features are fetched
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sslx.evals.features import Features, Progress, local_mesh, unheard
+from sslx.config import Progress, unheard
+from sslx.evals.features import Features, local_mesh
 
 QUERIES, BANK = 1024, 8192  # rows of one block of similarities
 

@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sslx.evals.features import Features, Progress, local_mesh, unheard
+from sslx.config import Progress, unheard
+from sslx.evals.features import Features, local_mesh
 
 MOMENTUM = 0.9
 CHUNK = 8192  # rows scored at once

@@ -4,7 +4,6 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import einops
 import jax
@@ -13,11 +12,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sslx.config import Eval
-from sslx.evals.features import Progress, unheard
+from sslx.config import Eval, Trained
 from sslx.evals.probes import Labelled
-from sslx.types import Array, Buffers, Params
-from sslx.views import Views
+from sslx.types import Array, Params
 
 
 @dataclass(frozen=True)
@@ -36,18 +33,12 @@ class Reconstructions(Eval):
     def check(self) -> None:
         self.data.check()
 
-    def __call__(
-        self,
-        objective: Any,
-        params: Params,
-        buffers: Buffers,
-        views: Views,
-        sharding: NamedSharding | None = None,
-        progress: Progress = unheard,
-    ) -> Iterator[tuple[str, np.ndarray]]:
+    def __call__(self, trained: Trained) -> Iterator[tuple[str, np.ndarray]]:
         with contextlib.closing(self.data.epoch(self.count)) as epoch:
             batch = {name: x for name, x in next(epoch).items() if name not in ("label", "valid")}
-        panels = jax.device_get(_panels(objective, views.eval, sharding, params, batch))
+        panels = jax.device_get(
+            _panels(trained.objective, trained.views.eval, trained.sharding, trained.params, batch)
+        )
         panels = np.clip(panels * np.asarray(self.std) + np.asarray(self.mean), 0, 1)
         panels = np.rint(panels * 255).astype(np.uint8)
         scale = max(1, 128 // panels.shape[2])  # small pictures are shown large, pixel by pixel

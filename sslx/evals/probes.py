@@ -10,16 +10,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
-from sslx.config import Eval, unknown
-from sslx.evals.features import Features, Progress, dealt, extract, unheard
+from sslx.config import Eval, Numbers, Progress, Trained
+from sslx.evals.features import Features, dealt, extract
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
 from sslx.evals.linear import LinearProbe
-from sslx.models.encoder import Encoder, Pool
-from sslx.objectives.base import Objective
-from sslx.types import Array, Buffers, Params
+from sslx.models.encoder import Encoder, Pool, chosen
+from sslx.types import Array
 from sslx.views import Views
 
 Pairs = Callable[[], tuple[np.ndarray, np.ndarray]]
@@ -69,32 +67,15 @@ class Probes(Eval):
                     f"(class folders, a `label` column) as their train and test."
                 )
 
-    def __call__(
-        self,
-        objective: Objective,
-        params: Params,
-        buffers: Buffers,
-        views: Views,
-        sharding: NamedSharding | None = None,
-        progress: Progress = unheard,
-    ) -> Iterator[tuple[str, float]]:
-        encoder = self.choose(objective, params, buffers)
-        return self.measure(encoder, views, sharding, progress)
+    def __call__(self, trained: Trained) -> Iterator[tuple[str, float]]:
+        return self.measure(self.encoder_of(trained), trained)
 
-    def floors(
-        self,
-        objective: Objective,
-        params: Params,
-        buffers: Buffers,
-        views: Views,
-        sharding: NamedSharding | None = None,
-        progress: Progress = unheard,
-    ) -> dict[str, dict[str, float]]:
+    def floors(self, trained: Trained) -> Numbers:
         """The same numbers of the raw input, which needs no encoder, under the floor's name."""
-        floor = self.choose(objective, params, buffers).floor
+        floor = self.encoder_of(trained).floor
         if floor is None:
             return {}
-        return {floor.network.name: dict(self.measure(floor, views, sharding, progress))}
+        return {floor.network.name: dict(self.measure(floor, trained))}
 
     def parts(self) -> tuple[str, ...]:
         return tuple(getattr(probe, "name", None) or probe.__name__ for probe in self.on)
@@ -103,22 +84,12 @@ class Probes(Eval):
         kept = zip(self.parts(), self.on, strict=True)
         return dataclasses.replace(self, on=tuple(probe for name, probe in kept if name in names))
 
-    def choose(self, objective: Objective, params: Params, buffers: Buffers) -> Encoder:
-        """The objective's encoder that this probe is about."""
-        encoders = objective.encoders(params, buffers)
-        name = self.encoder or next(iter(encoders))
-        if name not in encoders:
-            raise unknown(name, encoders, f"{type(objective).__name__}.encoders()")
-        return encoders[name]
+    def encoder_of(self, trained: Trained) -> Encoder:
+        return chosen(trained.objective.encoders(trained.params, trained.buffers), self.encoder)
 
-    def measure(
-        self,
-        encoder: Encoder,
-        views: Views,
-        sharding: NamedSharding | None = None,
-        progress: Progress = unheard,
-    ) -> Iterator[tuple[str, float]]:
+    def measure(self, encoder: Encoder, trained: Trained) -> Iterator[tuple[str, float]]:
         """(name, value) for any encoder, such as `encoder.floor`."""
+        views, sharding, progress = trained.views, trained.sharding, trained.progress
         batch_size, host, hosts = dealt(self.batch_size, sharding)
 
         def features(task, data, view, most=None, seed=0):

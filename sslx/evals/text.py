@@ -15,12 +15,11 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sslx.config import Eval
-from sslx.evals.features import Progress, dealt, placed, unheard
+from sslx.config import Eval, Trained
+from sslx.evals.features import dealt, placed
 from sslx.evals.probes import Labelled
 from sslx.objectives.mlm import MLM
-from sslx.types import Array, Buffers, Params
-from sslx.views import Views
+from sslx.types import Array, Params
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,10 @@ class Perplexity(Eval):
     def check(self) -> None:
         self.data.check()
 
-    def __call__(
-        self,
-        objective: MLM,
-        params: Params,
-        buffers: Buffers,
-        views: Views,
-        sharding: NamedSharding | None = None,
-        progress: Progress = unheard,
-    ) -> Iterator[tuple[str, float]]:
+    def __call__(self, trained: Trained) -> Iterator[tuple[str, float]]:
+        sharding, progress = trained.sharding, trained.progress
         batch_size, host, hosts = dealt(self.batch_size, sharding)
-        run, sums = _sums(objective, views.eval, sharding), []
+        run, sums = _sums(trained.objective, trained.views.eval, sharding), []
         counts = None  # of targets by id [V], all batches together
         total = min(-(-len(self.data) // batch_size), self.batches or sys.maxsize)
         with contextlib.closing(self.data.epoch(batch_size, host, hosts)) as epoch:
@@ -57,7 +49,7 @@ class Perplexity(Eval):
                 batch = {name: x for name, x in batch.items() if name != "label"}
                 batch = placed(batch, sharding)
                 with jax.transfer_guard("allow"):  # of a scalar
-                    loss, right, more = run(params, batch, np.int32(i))
+                    loss, right, more = run(trained.params, batch, np.int32(i))
                 sums.append((loss, right))
                 counts = more if counts is None else jax.block_until_ready(counts) + more
                 progress("perplexity", i + 1, total)

@@ -5,7 +5,7 @@ from pathlib import Path
 from sslx.export.architectures import bert, resnet, vit
 from sslx.export.card import About, card
 from sslx.export.directory import Checkpoint, model_type
-from sslx.models.encoder import Encoder
+from sslx.models.encoder import Encoder, chosen
 from sslx.objectives.base import Objective
 from sslx.types import Buffers, Params
 
@@ -26,9 +26,8 @@ def save(
     `encoder` names one of the objective's encoders, by default the first. Raises ValueError, before
     anything is written, for an encoder that no class of transformers expresses.
     """
-    name, chosen = choose(objective, params, buffers, encoder)
-    architecture = architecture_of(objective, name, chosen)
-    for directory in architecture.write(objective, chosen, params, about):
+    exported = chosen(objective.encoders(params, buffers), encoder)
+    for directory in architecture_of(exported).write(objective, exported, params, about):
         directory.save(Path(out), card(objective, directory, about))
 
 
@@ -49,27 +48,15 @@ def read(directory: Path | str) -> Checkpoint:
     )
 
 
-def choose(
-    objective: Objective, params: Params, buffers: Buffers, name: str | None
-) -> tuple[str, Encoder]:
-    """The name and the encoder that is exported."""
-    encoders = objective.encoders(params, buffers)
-    name = name or next(iter(encoders))
-    if name not in encoders:
-        raise ValueError(
-            f"{type(objective).__name__} has no encoder {name!r}: use one of {', '.join(encoders)}."
-        )
-    return name, encoders[name]
-
-
-def architecture_of(objective: Objective, name: str, encoder: Encoder):
+def architecture_of(encoder: Encoder):
     """The file of `architectures` that expresses an encoder; raises ValueError if none does."""
     for architecture in ARCHITECTURES:
         if type(encoder.module) is architecture.MODULE:
             return architecture
-    kind = type(encoder.module or encoder.network).__name__
+    network = encoder.module or encoder.network
+    kind = getattr(network, "__name__", type(network).__name__)
     known = ", ".join(a.MODULE.__name__ for a in ARCHITECTURES)
     raise ValueError(
-        f"Only {known} can be exported, but the encoder {name!r} of {type(objective).__name__} is "
-        f"a {kind}: take its features with Run.features, or its params with sslx.checkpoint.load."
+        f"Only {known} can be exported, and this encoder is {kind}: take its features with "
+        f"Run.features, or its params with sslx.checkpoint.load."
     )

@@ -5,7 +5,8 @@ from pathlib import Path
 from safetensors.numpy import save_file
 
 from sslx.export.card import About
-from sslx.export.hf import architecture_of, choose
+from sslx.export.hf import architecture_of
+from sslx.models.encoder import chosen
 from sslx.objectives.base import Objective
 from sslx.types import Buffers, Params
 
@@ -23,11 +24,11 @@ def save(
     `out` is a .safetensors file, or a folder for model.safetensors. Raises ValueError for an
     encoder that timm does not have.
     """
-    name, chosen = choose(objective, params, buffers, encoder)
-    architecture = architecture_of(objective, name, chosen)
+    exported = chosen(objective.encoders(params, buffers), encoder)
+    architecture = architecture_of(exported)
     if not hasattr(architecture, "timm_arrays"):
-        raise ValueError(f"timm has no {type(chosen.module).__name__}: use --format hf.")
-    arrays = architecture.timm_arrays(chosen, about)
+        raise ValueError(f"timm has no {type(exported.module).__name__}: use --format hf.")
+    arrays = architecture.timm_arrays(exported, about)
     path = Path(out)
     path = path if path.suffix == ".safetensors" else path / "model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Encoders: what is kept of a pretrained network, as a function from a batch to tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,6 +109,14 @@ class Encoder:
 def encoder(module: nn.Module, variables: Tree) -> Encoder:
     """The Encoder of a Linen module that has a `signature`, such as ViT, ResNet, TextEncoder."""
     return Encoder(variables, Applied(module), module.signature)
+
+
+def chosen(encoders: Mapping[str, Encoder], name: str | None = None) -> Encoder:
+    """The encoder of that name, by default the first; raises ValueError where there is none."""
+    name = name or next(iter(encoders))
+    if name not in encoders:
+        raise ValueError(f"There is no encoder {name!r}: use one of {', '.join(encoders)}.")
+    return encoders[name]
 
 
 def pooled(tokens: Array, prefix: int, pool: Pool, real: Array | None = None) -> Array:
