@@ -244,7 +244,7 @@ def stateless(update: Callable[..., Tree]) -> optax.GradientTransformationExtraA
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), transformed)
 
 
-def value(of: float | Schedule, step: Array) -> Array | float:
+def value(of: float | Schedule, step: Array | int) -> Array | float:
     """The value of a number or of a schedule at this step."""
     return of(step) if callable(of) else of
 

@@ -329,7 +329,7 @@ class Record(Optimizer):
     def init(self, params):
         return jax.tree.map(jnp.zeros_like, params)
 
-    def update(self, grads, opt_state, params, axes=None):
+    def update(self, grads, opt_state, params, step, layers=None):
         return jax.tree.map(lambda g: -self.learning_rate(0) * g, grads), grads
 
 

@@ -225,7 +225,7 @@ def test_models_that_the_formats_do_not_express(tmp_path):
     params = spread(TINY)
     with pytest.raises(ValueError, match=r"square.*\(24, 32\).*--format timm"):
         hf.save(TINY, params, {}, tmp_path, about((24, 32)))
-    with pytest.raises(ValueError, match=r"Only ViT, .*encoder 'encoder' of Other is a Dense"):
+    with pytest.raises(ValueError, match=r"Only ViT, .*this encoder is Dense"):
         hf.save(Other(nn.Dense(4)), {"encoder": {}}, {}, tmp_path, about(SIDE))
     with pytest.raises(ValueError, match="images of 3 channels"):
         hf.save(TINY, params, {}, tmp_path, about(SIDE, ((0.5,), (0.5,))))
