@@ -8,7 +8,8 @@ import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import jax.numpy as jnp
 import numpy as np
@@ -231,10 +232,13 @@ def parse(current: Any, name: str, text: str, hint: Any = None) -> Any:
     name of a function is that of one beside it.
 
     `hint`, an annotation, may allow more: None, a string in place of a value, one of a few words.
+    A mapping can be emptied: evals={}.
     """
-    allowed = get_args(hint)
+    allowed = get_args(hint) if get_origin(hint) in (Union, UnionType, Literal) else ()
     if text == "None" and type(None) in allowed:
         return None
+    if text == "{}" and isinstance(current, Mapping):
+        return {}
     if parts := dict(parts_of(current)):
         if str in allowed and text != type(current).__name__:
             return text

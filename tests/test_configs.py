@@ -126,7 +126,7 @@ class Box:
     dtype: type = jnp.float32
     net: nn.Module = vit("mu", 2)
     steps: tuple = (Constant(1.0), Warmup(3, Constant(2.0)))
-    named: Mapping = field(default_factory=lambda: {"a": Constant(1.0)}, hash=False)
+    named: Mapping[str, Constant] = field(default_factory=lambda: {"a": Constant(1.0)}, hash=False)
     inner: "Box | None" = None
 
 
@@ -189,6 +189,7 @@ def test_override_replaces_one_part(path, text, value):
         ("dtype", "sum", "dtype=sum: no such dtype"),
         ("net", "float32", "net is a ViT: set one of net.width"),
         ("steps", "3", "steps is a tuple: set one of steps.0, steps.1"),
+        ("named", "3", "named is a dict: set one of named.a"),
         ("whle", "3", "has no 'whle': did you mean 'whole'?"),
         ("net.widht", "3", "net (ViT) has no 'widht': did you mean 'width'?"),
         ("net.parent", "3", "net (ViT) has no 'parent'"),
@@ -202,6 +203,11 @@ def test_override_that_cannot_be(path, text, message):
     with pytest.raises(ConfigError) as error:
         override(BOX, path, text)
     assert message in str(error.value)
+
+
+def test_a_mapping_can_be_emptied():
+    assert override(BOX, "named", "{}").named == {}
+    assert load("mae_digits", "evals={}").evals == {}
 
 
 def test_parse_reads_a_dial_as_its_default():
