@@ -25,6 +25,7 @@ from sslx import engine
 from sslx import state as state_of
 from sslx.config import ConfigError, lines
 from sslx.ops.trees import path_of
+from sslx.views import Views
 
 every_row = pytest.mark.parametrize("name", ROWS)
 SPLITS = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
@@ -283,6 +284,31 @@ def test_accumulated_step_is_that_of_the_whole_batch(parts):
     error = np.square(x @ (before.params["w"] - before.buffers["target"]["w"])).mean(1)
     worsts = [error[i::parts].max() for i in range(parts)]
     assert relative(told["worst"], np.mean(worsts)) < 1e-5
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A view that is random numbers alone."""
+
+    def __call__(self, key, batch):
+        return {"image": jax.random.normal(key, batch["image"].shape)}
+
+
+def test_every_micro_batch_has_views_of_its_own():
+    """A step's views draw from fold_in(fold_in(root, step), 0), the next micro-batch's from 2."""
+    row = replace(ROWS["Follow"], objective=Follow(share=0.0))
+    config = config_of(row, optimizer=Record(), accumulate=2, views=Views(Noise(), Noise()))
+    with jax.set_mesh(mesh := mesh_of(1, 1, 1)):
+        state, batch = state_of.fresh_state(config, mesh), placed(row.batch(0), mesh)
+        before, key = jax.device_get(state.params), jax.random.fold_in(state.key, 0)
+        target = jax.device_get(state.buffers["target"]["w"])
+        _, metrics = engine.jitted_step(config, mesh)(state, batch)
+    shape, losses = (BATCH // 2, *batch["image"].shape[1:]), []
+    for n in (0, 2):
+        x = np.asarray(jax.random.normal(jax.random.fold_in(key, n), shape)).reshape(BATCH // 2, -1)
+        losses.append(np.square(x @ (before["w"] - target)).mean())
+    assert abs(losses[0] - losses[1]) > 1e-3
+    assert relative(metrics["loss"], np.mean(losses)) < 1e-5
 
 
 def test_accumulation_must_divide_the_batch():
