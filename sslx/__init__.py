@@ -62,11 +62,16 @@ _HOMES = {
     "Retention": "sslx.checkpoint",
 }
 
+# Files that recipes and notebooks name whole, as in sslx.views.mae(224).
+_FILES = ("evals", "groups", "optim", "schedules", "views")
+
 __version__ = "0.1.0"
-__all__ = list(_HOMES)
+__all__ = [*_HOMES, *_FILES]
 
 
 def __getattr__(name: str):
+    if name in _FILES:
+        return importlib.import_module(f"sslx.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'sslx' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

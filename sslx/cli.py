@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
 from pathlib import Path
 
 EPILOG = """\
-name=value fills an argument of the recipe's config(), a.b.c=value replaces along a path of it;
-`sslx show RECIPE` prints every path."""
+`sslx train` without a name lists the recipes. name=value fills an argument of the recipe's
+config(), a.b.c=value replaces along a path of it; `sslx show RECIPE` prints every path."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,7 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     root = parser()
     arguments, rest = root.parse_known_args(argv)  # argparse ends name=value at the first flag
     if bad := [x for x in rest if x.startswith("-") or "overrides" not in arguments]:
-        root.error(f"unrecognized arguments: {' '.join(bad)}")
+        hint = "; an override has no dashes, name=value" if "overrides" in arguments else ""
+        root.error(f"unrecognized arguments: {' '.join(bad)}{hint}")
     arguments.overrides = [*getattr(arguments, "overrides", []), *rest]
     if arguments.run in (train, show) and arguments.recipe is None:
         from sslx.recipes import shipped
@@ -29,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if arguments.traceback or not mendable(error):
             raise
-        return fail(str(error), getattr(error, "code", 1))
+        hint = "" if ours(error) else " (--traceback shows where)"
+        return fail(f"{error}{hint}", getattr(error, "code", 1))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(metavar="COMMAND", required=True)
 
     def command(run, summary: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(run.__name__.rstrip("_"), help=summary, description=summary)
+        name = run.__name__.rstrip("_")
+        added = commands.add_parser(name, help=summary, description=summary, epilog=EPILOG)
         added.add_argument("--traceback", action="store_true", help="show where an error arose")
         added.set_defaults(run=run)
         return added
@@ -87,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
         "--process", default="0/1", metavar="I/N", help="of N machines that share OUT, the I-th"
     )
     show_ = command(show, "print the config, params, shardings and FLOPs of a recipe")
-    recipe(show_)
+    recipe(show_, help="a name or a .py file, or the directory of a run")
     return root
 
 
@@ -100,6 +104,12 @@ def mendable(error: Exception) -> bool:
     return isinstance(error, ValueError | OSError | CheckpointError | Diverged | Interrupted)
 
 
+def ours(error: Exception) -> bool:
+    """Whether sslx raised an error, in its own words."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+
+
 def fail(text: str, code: int) -> int:
     print(f"sslx: {text}", file=sys.stderr)
     return code
@@ -110,17 +120,14 @@ def fail(text: str, code: int) -> int:
 
 def train(arguments) -> None:
     from sslx.config import ConfigError
-    from sslx.recipes import Recipe, recipe_of
 
     path, run = arguments.recipe, arguments.workdir
     if path.is_dir():
         if run is not None:
             raise ConfigError(f"{path} is a run and resumes where it is: leave out --workdir.")
-        stored = recipe_of(path)
-        recipe, run = Recipe(stored.path, (*stored.overrides, *arguments.overrides)), path
-    else:
-        recipe = Recipe(path, tuple(arguments.overrides))
-        run = run or Path("runs") / path.stem
+        run = path
+    run = run or Path("runs") / path.stem
+    recipe = named_recipe(arguments)
     recipe.load()  # an error in it needs no accelerator
     start_jax()
     from sslx.run import fit_recipe
@@ -162,7 +169,7 @@ def export(arguments) -> None:
 
 def import_(arguments) -> None:
     start_jax()
-    from sslx.run import import_checkpoint
+    from sslx.importing import import_checkpoint
 
     run, overrides = arguments.workdir, tuple(arguments.overrides)
     import_checkpoint(arguments.source, run, arguments.recipe, overrides)
@@ -225,16 +232,23 @@ def show(arguments) -> None:
     from rich.console import Console
 
     from sslx.config import printed
-    from sslx.recipes import Recipe
     from sslx.run import summary
 
-    config = Recipe(arguments.recipe, tuple(arguments.overrides)).load()
+    config = named_recipe(arguments).load()
     console = Console(soft_wrap=True)
     console.print(printed(config), highlight=False, markup=False)
     console.print(summary(config), highlight=False, markup=False)
 
 
 # ---- what they share ----
+
+
+def named_recipe(arguments):
+    """The Recipe that is named on the command line, or that a run directory was started with."""
+    from sslx.recipes import Recipe, recipe_of
+
+    path, overrides = arguments.recipe, tuple(arguments.overrides)
+    return recipe_of(path, overrides) if path.is_dir() else Recipe(path, overrides)
 
 
 @contextlib.contextmanager

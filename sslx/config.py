@@ -109,7 +109,27 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run is. `batch_size` is global; steps count optimizer steps."""
+    """Everything that a run is.
+
+    objective   the method, a frozen dataclass
+    data        where batches come from
+    views       how the step renders them: augmentations, normalization
+    optimizer   what moves the params
+    steps       optimizer steps in all
+    batch_size  examples of a step, all devices and micro-batches together
+    accumulate  micro-batches that a step is made of, one after another, to save memory
+    seed        of all random numbers: data, init, views, masks
+    start       what the params of step 0 are taken from, a directory or a Start; None draws them
+    nonfinite   what a NaN or an infinite gradient does: "stop" the run, or "skip" the step
+    evals       {name: evaluation}, of random init, every `eval_every` steps and at the end
+
+    What follows says how a run is executed and watched, and may differ when it is resumed:
+
+    collapse    when to warn that all embeddings have become nearly one, or to stop
+    mesh        how devices share the batch and the params
+    keep        which checkpoints are kept
+    log_every, save_every, eval_every  steps between two rows of metrics, checkpoints, evaluations
+    """
 
     objective: Objective
     data: Pipeline
@@ -117,10 +137,10 @@ class Config:
     optimizer: Optimizer
     steps: int
     batch_size: int
-    accumulate: int = 1  # micro-batches of one step, one after another
+    accumulate: int = 1
     seed: int = 0
-    start: Start | str | None = None  # what the params of step 0 are taken from, if not drawn
-    nonfinite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does
+    start: Start | str | None = None
+    nonfinite: Literal["stop", "skip"] = "stop"
     evals: Mapping[str, Eval] = field(default_factory=dict, compare=False)
     collapse: Alarm = how(Alarm())
     mesh: Mesh = how(Mesh())
@@ -132,6 +152,15 @@ class Config:
     def __post_init__(self):
         if isinstance(self.start, str):
             object.__setattr__(self, "start", Start(self.start))
+        for name in ("objective", "views", "optimizer"):
+            try:
+                hash(getattr(self, name))
+            except TypeError as error:
+                kind = type(getattr(self, name)).__name__
+                raise ConfigError(
+                    f"{name}: {kind} is no value ({error}): write @dataclass(frozen=True) above it,"
+                    f" and tuples in place of lists."
+                ) from error
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(

@@ -19,9 +19,11 @@ from sslx.log import Log
 from sslx.ops.trees import norm
 from sslx.sharding import batch_sharding
 from sslx.signals import Interrupted, Signals
-from sslx.state import TrainState, abstract_state, check, layers_of
+from sslx.state import TrainState, abstract_batch, abstract_state, check, layers_of
 from sslx.types import Array, Batch, Buffers, Metrics, Params
 from sslx.watch import FINITE, Scores, Watch
+
+OWN_METRICS = ("loss", "grad_norm", "param_norm", "learning_rate", "skipped")
 
 # What a step's key is folded with: one stream of random numbers for each use. Views are folded with
 # VIEWS, VIEWS + 2, ... in the micro-batches of a step.
@@ -71,6 +73,11 @@ def accumulated(
         (loss, (buffers, metrics)), grads = differentiate(
             state.params, state.buffers, batch, loss_key, state.step
         )
+        if bad := [n for n, x in metrics.items() if n in OWN_METRICS or jnp.ndim(x)]:
+            raise ValueError(
+                f"The objective's metrics {', '.join(bad)}: a metric is a scalar, and "
+                f"{', '.join(OWN_METRICS)} are the step's own."
+            )
         metrics = {"loss": loss, **metrics}
         return grads, buffers, metrics, metrics.pop("weight", jnp.float32(1))
 
@@ -176,6 +183,9 @@ def train(config: Config, run: Path) -> TrainState:
     try:
         with jax.set_mesh(mesh), Signals() as signals:
             start, state = checkpoints.restore(abstract_state(config, mesh)) or (0, None)
+            step_fn = jitted_step(config, mesh)
+            if start < config.steps:  # what is wrong with an objective shows before evaluations
+                step_fn.trace(abstract_state(config, mesh), abstract_batch(config, mesh))
             log = Log(run, config.steps, start)
             try:
                 scores = Scores(config, mesh, run, log)
@@ -184,7 +194,7 @@ def train(config: Config, run: Path) -> TrainState:
                     log.say(f"{run} is complete: {start} of {config.steps} steps.")
                     return state
                 watch = Watch(config, log, checkpoints)
-                return loop(config, mesh, start, state, watch, scores, signals)
+                return loop(config, mesh, step_fn, start, state, watch, scores, signals)
             finally:
                 checkpoints.wait()
                 log.close()
@@ -192,9 +202,9 @@ def train(config: Config, run: Path) -> TrainState:
         checkpoints.close()
 
 
-def loop(config, mesh, start: int, state: TrainState, watch, scores, signals) -> TrainState:
+def loop(config, mesh, step_fn, start: int, state, watch, scores, signals) -> TrainState:
     """The training loop: dispatches a step, then reads the metrics of the one before."""
-    step_fn, pending = jitted_step(config, mesh), None
+    pending = None
     with feed(config, mesh, start) as (batches, dropped):
         for step in range(start + 1, config.steps + 1):
             state, metrics = step_fn(state, watch.clock.wait(batches))

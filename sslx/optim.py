@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from sslx.ops.trees import matching, path_of
+from sslx.schedules import Constant
 from sslx.types import Array, Params, Schedule, Tree
 
 NORMS_AND_BIASES = r".*/(bias|scale)"
@@ -23,8 +24,12 @@ NORMS_AND_BIASES = r".*/(bias|scale)"
 class Optimizer(abc.ABC):
     """An optax transformation that is a value."""
 
-    learning_rate: Schedule
+    learning_rate: float | Schedule
     patterns: ClassVar[tuple[str, ...]] = ("no_decay",)  # fields that name params by path
+
+    def __post_init__(self):
+        if isinstance(self.learning_rate, int | float):
+            object.__setattr__(self, "learning_rate", Constant(float(self.learning_rate)))
 
     @abc.abstractmethod
     def transform(self) -> optax.GradientTransformationExtraArgs:
@@ -69,7 +74,7 @@ class AdamW(Optimizer):
     Params whose path matches `no_decay` do not decay; `clip` bounds the gradient's global norm.
     """
 
-    learning_rate: Schedule
+    learning_rate: float | Schedule
     b1: float = 0.9
     b2: float = 0.999
     epsilon: float = 1e-8
@@ -94,7 +99,7 @@ class BERTAdam(Optimizer):
     times AdamW's, and small ones where gradients are; the warm-up hides both.
     """
 
-    learning_rate: Schedule
+    learning_rate: float | Schedule
     b1: float = 0.9
     b2: float = 0.999
     epsilon: float = 1e-6
@@ -115,7 +120,7 @@ class BERTAdam(Optimizer):
 class SGD(Optimizer):
     """Momentum as torch has it: decay is part of the gradient, the learning rate is outside."""
 
-    learning_rate: Schedule
+    learning_rate: float | Schedule
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float | Schedule = 0.0
@@ -138,7 +143,7 @@ class LARS(Optimizer):
     matches `no_trust`.
     """
 
-    learning_rate: Schedule
+    learning_rate: float | Schedule
     momentum: float = 0.9
     trust: float = 1e-3
     weight_decay: float | Schedule = 0.0
@@ -163,7 +168,7 @@ class ClassicLARS(Optimizer):
     rate of its own step. Equal to `LARS` only while the rate is constant.
     """
 
-    learning_rate: Schedule
+    learning_rate: float | Schedule
     momentum: float = 0.9
     trust: float = 1e-3
     weight_decay: float | Schedule = 0.0
@@ -190,7 +195,7 @@ class ClippedLARS(Optimizer):
     multiplies the velocity.
     """
 
-    learning_rate: Schedule
+    learning_rate: float | Schedule
     momentum: float = 0.9
     trust: float = 0.02
     weight_decay: float | Schedule = 0.0
@@ -213,7 +218,7 @@ class LAMB(Optimizer):
     a norm of zero, take the step of AdamW.
     """
 
-    learning_rate: Schedule
+    learning_rate: float | Schedule
     b1: float = 0.9
     b2: float = 0.999
     epsilon: float = 1e-6

@@ -115,11 +115,12 @@ class Recipe:
             ) from error
 
 
-def recipe_of(run: Path) -> Recipe:
-    """The recipe that a run directory was started with."""
+def recipe_of(run: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """The recipe that a run directory was started with, and more overrides."""
     if not (run / "overrides.json").is_file():
         raise ConfigError(f"{run} is no run: it has no overrides.json; name the --workdir of one.")
-    return Recipe(run / "recipe.py", tuple(json.loads((run / "overrides.json").read_text())))
+    stored = json.loads((run / "overrides.json").read_text())
+    return Recipe(run / "recipe.py", (*stored, *overrides))
 
 
 def load(recipe: str | Path, *overrides: str, **dials: Any) -> Config:

@@ -6,8 +6,6 @@ The command line and a notebook call the same functions.
 import contextlib
 import dataclasses
 import json
-import os
-import re
 import shutil
 import tempfile
 import weakref
@@ -20,19 +18,18 @@ import jax
 import numpy as np
 
 from sslx import engine
-from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.config import (
     Config,
     ConfigError,
     Numbers,
     Progress,
     difference,
-    lines,
     printed,
     unheard,
     unknown,
 )
 from sslx.data.formats.arrays import arrays
+from sslx.data.pipeline import Pipeline
 from sslx.data.source import Source
 from sslx.evals.features import Features, Pool, dealt, extract
 from sslx.evals.probes import Probes
@@ -49,19 +46,14 @@ from sslx.state import (
     abstract_batch,
     abstract_state,
     check,
-    first_state,
     fresh_state,
     new_key,
     restored,
 )
 from sslx.watch import evaluate, floors
 
+Data = str | Source | Mapping[str, np.ndarray] | np.ndarray
 FORMATS = {"hf": hf.save, "timm": timm.save}
-
-# What the weights of a model do not determine: how it is computed, initialized and trained.
-UNDETERMINED = re.compile(
-    r".*\.(dtype|remat|init|kernel_init|last_gamma|dropout|attention_dropout)(\.|$)"
-)
 
 # The recipe of a run whose config was made in Python.
 PICKLED = '''"""A config that was made in Python and not by a recipe; config.txt shows it."""
@@ -126,7 +118,10 @@ def keep(config: Config, run: Path) -> None:
 class Run:
     """A training run: its config, its metrics, and the encoders of its checkpoints.
 
-    All methods read the newest checkpoint that verifies, or that of `step`.
+    path    its directory
+    config  what it was trained with
+
+    Methods read the checkpoint of `step`, by default the newest one that is not damaged.
     """
 
     def __init__(self, path: Path, config: Config):
@@ -165,7 +160,7 @@ class Run:
 
     def features(
         self,
-        data: str | Source | Mapping[str, np.ndarray] | np.ndarray,
+        data: Data,
         *,
         encoder: str | None = None,
         pool: Pool = "mean",
@@ -175,21 +170,19 @@ class Run:
     ) -> Features:
         """Pooled features of every record of a source or array: x [n, D] and label [n].
 
-        data  a URI, a Source, a dict of arrays by the names of the encoder's leaves, or one array
-              for an encoder of one leaf; axis 0 is the example. The recipe's decoder and eval view
-              render them, but arrays that this decoder does not read are taken as they are.
+        data      a URI, a Source, a dict of arrays by the names of the encoder's leaves, or one
+                  array for an encoder of one leaf; axis 0 is the example. The recipe's decoder and
+                  eval view render them, but arrays that this decoder does not read are taken as
+                  they are
+        encoder   which of the objective's encoders; the first by default
+        pool      the mean of the tokens, or the "first" (class) token
+        progress  called with (what is being done, how many parts are done, how many there are)
 
         Labels are -1 where there are none.
         """
         config, mesh, _, _ = self.restore(step)
         network, sharding = self.encoder(encoder, step), batch_sharding(mesh)
-        if isinstance(data, np.ndarray | jax.Array):
-            data = {network.signature.leaves[0]: np.asarray(data)}
-        decode = config.data.decode
-        if isinstance(data, Mapping):
-            decode = decode if decode and set(decode.reads) <= set(data) else None
-            data = arrays(**data)
-        pipeline = dataclasses.replace(config.data, source=data, decode=decode)
+        pipeline = pipeline_of(config, data, network.signature.leaves[0])
         pipeline = dataclasses.replace(pipeline, labels=pipeline.labelled)
         batch_size, host, hosts = dealt(batch_size, sharding)
         total = -(-len(pipeline) // batch_size)
@@ -210,7 +203,7 @@ class Run:
     def evaluate(
         self,
         on: tuple[str, ...] = (),
-        data: tuple[str, str] | None = None,
+        data: tuple[Data, Data] | None = None,
         step: int | None = None,
         progress: Progress = unheard,
     ) -> Numbers:
@@ -219,7 +212,8 @@ class Run:
         Columns are the checkpoint, random init, and baselines that need no training.
 
         on    names of evals, or of parts of them such as "knn"; all by default
-        data  (train, test) URIs of labelled data, for the probes instead of the recipe's
+        data  (train, test) labelled data as `features` takes it, for the probes instead of the
+              recipe's
         """
         config, mesh, step, state = self.restore(step)
         config = dataclasses.replace(config, evals=selected(config, on, data))
@@ -236,7 +230,7 @@ class Run:
             for name, picture in values.items():
                 if isinstance(picture, np.ndarray):
                     write_picture(self.path, f"{name}-{step:06d}", picture)
-            where = f" on {' '.join(data)}" if data else ""
+            where = f" on {' '.join(map(shown, data))}" if data else ""
             self.record({f"{name}{where}": of for name, of in columns.items()})
         return columns
 
@@ -283,16 +277,41 @@ class Run:
 # ---- what the methods share ----
 
 
-def selected(config: Config, on: tuple[str, ...], data: tuple[str, str] | None) -> dict[str, Any]:
+def pipeline_of(config: Config, data: Data, leaf: str) -> Pipeline:
+    """The pipeline of `config` on other data; one array is that of the leaf `leaf`."""
+    decode = config.data.decode
+    if isinstance(data, str) and decode is None:
+        raise ConfigError(
+            f"{data} is read by a decoder, and this run, which was trained on arrays, has none: "
+            f"give arrays like those in Python, Run.features(x) and Run.evaluate(data=(dict({leaf}"
+            f"=x, label=y), dict({leaf}=..., label=...)))."
+        )
+    if isinstance(data, np.ndarray | jax.Array):
+        data = {leaf: np.asarray(data)}
+    if isinstance(data, Mapping):
+        decode = decode if decode and set(decode.reads) <= set(data) else None
+        data = arrays(**data)
+    return dataclasses.replace(config.data, source=data, decode=decode)
+
+
+def shown(data: Data) -> str:
+    """Data in the name of a column."""
+    return data if isinstance(data, str) else "arrays"
+
+
+def selected(config: Config, on: tuple[str, ...], data: tuple[Data, Data] | None) -> dict[str, Any]:
     """The evals of `config`, on other data or only some of them."""
     evals = dict(config.evals)
     if data:
-        sets = [dataclasses.replace(config.data, source=uri, labels=True) for uri in data]
+        sets = [dataclasses.replace(pipeline_of(config, of, "image"), labels=True) for of in data]
         probes = [e for e in evals.values() if isinstance(e, Probes)] or [Probes(*sets)]
         evals = {"probes": dataclasses.replace(probes[0], train=sets[0], test=sets[1])}
         evals["probes"].check()
     if not evals:
-        raise ConfigError("The recipe has no evals: give labelled data, --data TRAIN TEST.")
+        raise ConfigError(
+            "The recipe has no evals: give labelled data, --data TRAIN TEST, as in --data "
+            "digits:train digits:test."
+        )
     if not on:
         return evals
     parts = {name: tuple(n for n in on if n in e.parts()) for name, e in evals.items()}
@@ -317,51 +336,7 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: x for name, x in values.items() if not isinstance(x, np.ndarray)}
 
 
-# ---- import and show ----
-
-
-def import_checkpoint(
-    source: Path, run: Path, recipe: Path | str | None = None, overrides: tuple[str, ...] = ()
-) -> Run:
-    """A run at step 0 with the weights of a Hugging Face directory, to continue or to probe.
-
-    The recipe is the model's own by default; its model is made the checkpoint's.
-    """
-    if (run / "overrides.json").exists():
-        raise ConfigError(f"{run} is a run already: name a new directory.")
-    checkpoint = hf.read(source)
-    base = Recipe(recipe or checkpoint.recipe)
-    fields = determined(checkpoint.parts, base.load())
-    where = f"start={os.path.abspath(source)}"
-    recipe = Recipe(base.path, (*fields, where, *overrides))
-    config = recipe.load()
-    state = first_state(config, config.mesh.build())
-    recipe.save(run)
-    checkpoints = Checkpoints(run / "checkpoints", config.keep)
-    checkpoints.save(0, state)
-    checkpoints.close()
-    if not checkpoints.steps():
-        raise CheckpointError(f"{run} could not be written: make room and import again.")
-    return Run(run, config)
-
-
-def determined(parts: Mapping[str, Any], config: Config) -> list[str]:
-    """Overrides that make the parts of `config` at those paths what a checkpoint determines.
-
-    A path stands for all that end with it: the vocabulary of an eval's data is the data's own.
-    """
-    known = [line.split(" = ")[0] for line in lines(config)]
-    overrides = []
-    for path, value in parts.items():
-        for place in [p for p in known if f".{p}".endswith(f".{path}")] or [path]:
-            of = dict(line.split(" = ") for line in lines(value, place))
-            inner = {name.rpartition(".")[0] for name in of}
-            overrides += [
-                f"{name}={text}"
-                for name, text in of.items()
-                if name not in inner and not UNDETERMINED.match(name)
-            ]
-    return overrides
+# ---- show ----
 
 
 def summary(config: Config) -> str:
@@ -382,13 +357,13 @@ def summary(config: Config) -> str:
     with jax.set_mesh(mesh):
         work = flops(lambda s, b: engine.train_step(s, b, config=config), state, batch)
     size = sum(x.size for x in jax.tree.leaves(state.params))
-    memory = sum(np.prod(x.shape) * 4 for x in jax.tree.leaves(state)) / 2**30
+    memory = sum(np.prod(x.shape) * 4 for x in jax.tree.leaves(state)) / 2**20
     each = f"{work / config.batch_size / 1e9:.4g} G"
     return "\n".join(
         [
             *table,
             f"params {size:,}, on a mesh of {dict(mesh.shape)}",
-            f"state {memory:.2f} GiB (params, moments, buffers), all devices together",
-            f"FLOPs per example, a whole step, with what it computes twice: {each}",
+            f"state {memory:,.1f} MiB (params, moments, buffers), all devices together",
+            f"FLOPs of a step per example, rematerialization included: {each}",
         ]
     )

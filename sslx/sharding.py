@@ -66,10 +66,11 @@ class Mesh:
         if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
             sizes[sizes.index(-1)] = devices // known
         if min(sizes) < 1 or math.prod(sizes) != devices:
-            raise ValueError(
-                f"{self} does not cover {devices} devices: replica * fsdp * tensor must be "
-                f"{devices}; put -1 on the one axis that takes what remains."
-            )
+            reason = f"replica * fsdp * tensor must be {devices}; put -1 on the one axis that takes"
+            reason += " what remains"
+            if sizes.count(-1) == 1 and known > 0:
+                reason = f"their number must be a multiple of {known}"
+            raise ValueError(f"{self} does not cover {devices} devices: {reason}.")
         return tuple(sizes)
 
 

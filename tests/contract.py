@@ -1,6 +1,6 @@
 """What every objective keeps, as one table: a row says how to build it tiny, and one batch.
 
-A new method is a new row. `test_objectives.py` runs design.md's section 8 on each.
+A new method is a new row. `test_objectives.py` checks each, item by item.
 """
 
 import dataclasses

@@ -160,7 +160,7 @@ def mae_flops(F, N, K, encoder, decoder):
 
 
 def shown_flops(text):
-    found = re.search(r"a whole step, with what it computes twice: (\S+) G", text)
+    found = re.search(r"rematerialization included: (\S+) G", text)
     return float(found[1]) * 1e9
 
 

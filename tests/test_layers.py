@@ -25,6 +25,7 @@ state evals
 watch
 engine
 run
+importing
 cli
 configs
 """
@@ -186,6 +187,6 @@ def test_public_names_exist():
     import sslx
 
     for name in sslx.__all__:
-        assert getattr(sslx, name).__name__ == name
+        assert getattr(sslx, name).__name__.removeprefix("sslx.") == name
     with pytest.raises(AttributeError, match="no attribute 'Mae'"):
         _ = sslx.Mae

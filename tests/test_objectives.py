@@ -1,4 +1,4 @@
-"""The contract of every objective: design.md, section 8, item by item, on every row."""
+"""The contract of every objective, item by item (the tests' numbers), on every row."""
 
 import functools
 from dataclasses import dataclass, fields, replace
@@ -261,10 +261,22 @@ def test_the_step_as_the_page_says_it():
     assert relative(said["learning_rate"], 0.1) < 1e-6
 
 
+@dataclass(frozen=True)
+class Watchful(Follow):
+    """Keeps a moving mean of the pixels, which its first loss does not use."""
+
+    share: float = 0.0
+
+    def loss(self, params, buffers, batch, key, step):
+        loss, (buffers, metrics) = super().loss(params, buffers, batch, key, step)
+        mean = 0.9 * buffers["mean"] + 0.1 * batch["image"].mean(0).ravel()
+        return loss, ({**buffers, "mean": mean}, metrics)
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulated_step_is_that_of_the_whole_batch(parts):
-    """Where no example knows of the others: the same loss, gradient and metrics' mean."""
-    row = replace(ROWS["Follow"], objective=Follow(share=0.0))
+    """Where no example knows of the others: the same loss, gradient, buffers and metrics' mean."""
+    row = replace(ROWS["Follow"], objective=Watchful())
     results = []
     for accumulate in (1, parts):
         config = config_of(row, optimizer=Record(), accumulate=accumulate)
@@ -280,6 +292,7 @@ def test_accumulated_step_is_that_of_the_whole_batch(parts):
     # The target moved once; and a micro-batch is each parts-th example, in order.
     assert worst(summed.buffers["target"], whole.buffers["target"]) < 1e-5
     x = row.batch(0)["image"].reshape(BATCH, -1)
+    assert worst(summed.buffers["mean"], 0.1 * x.mean(0)) < 1e-5
     before = state_of.fresh_state(config_of(row, optimizer=Record()), mesh_of(1, 1, 1))
     error = np.square(x @ (before.params["w"] - before.buffers["target"]["w"])).mean(1)
     worsts = [error[i::parts].max() for i in range(parts)]

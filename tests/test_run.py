@@ -3,7 +3,6 @@
 import dataclasses
 import re
 
-import jax
 import numpy as np
 import pytest
 from commands import REPO
@@ -60,15 +59,15 @@ def test_the_readme_goes_from_an_array_to_features(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     code = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
     first, debugging = code
-    assert len(first.splitlines()) == 10
-    names = {"jax": jax, "__name__": "readme"}
+    assert len(first.split("\n\n")) == 2 and len(first.replace("\n\n", "\n").splitlines()) == 10
+    names = {"__name__": "readme"}
     exec(first.replace("steps=500", "steps=20"), names)
     out = capsys.readouterr().out
     assert "(1797, 64)" in out
-    exec(debugging, names)
+    exec(debugging, {"__name__": "debugging"})
     reopened = sslx.Run.open("runs/array")
     assert reopened.metrics()["step"].max() == 20 and reopened.config == names["config"]
-    np.testing.assert_array_equal(reopened.features(names["x"]).x, names["features"].x)
+    np.testing.assert_array_equal(reopened.features(names["x"]).x, names["features"])
     assert main(["export", "runs/array", "out"]) == 0 and (tmp_path / "out/config.json").exists()
 
 

@@ -308,11 +308,11 @@ def test_the_loop_transfers_nothing_by_itself_and_looks_one_step_late():
     config = replace(pictures(1), steps=5, save_every=3, eval_every=100)
     mesh, events = mesh_of(1, 8, 1), []
     with jax.set_mesh(mesh):
-        state = states.fresh_state(config, mesh)
+        state, step = states.fresh_state(config, mesh), engine.jitted_step(config, mesh)
         try:
             jax.config.update("jax_transfer_guard", "disallow")  # in the feeding thread as well
             watching = Watching(events)
-            state = engine.loop(config, mesh, 0, state, watching, watching, Quiet())
+            state = engine.loop(config, mesh, step, 0, state, watching, watching, Quiet())
         finally:
             jax.config.update("jax_transfer_guard", "allow")
     assert int(state.step) == 5

@@ -73,6 +73,11 @@ class Pipeline:
                 raise DataError(f"the weight of {source} is {weight}: weights are above zero")
             if isinstance(source, str):
                 source = open_uri(source)
+            elif not isinstance(source, Source):
+                raise DataError(
+                    f"a {type(source).__name__} is no source: give a URI such as digits:train, or "
+                    "arrays by the names of the leaves, sslx.arrays(image=x)"
+                )
             else:
                 source.check()
             if self.decode is None:

@@ -43,6 +43,9 @@ class Features:
                 f"restore an earlier checkpoint and lower the learning rate."
             )
 
+    def __repr__(self) -> str:
+        return f"Features(x={list(self.x.shape)}, label={list(self.label.shape)})"
+
     @property
     def classes(self) -> int:
         """The number of classes: one more than the largest label.

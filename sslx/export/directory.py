@@ -38,7 +38,7 @@ class Written:
     def save(self, out: Path, card: str) -> None:
         directory = out / self.folder
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(self.arrays, directory / "model.safetensors", metadata={"format": "pt"})
+        write_arrays(self.arrays, directory / "model.safetensors")
         (directory / "README.md").write_text(card, encoding="utf-8")
         for name, value in {"config.json": self.config, **self.files}.items():
             if isinstance(value, Path):
@@ -61,6 +61,15 @@ class Checkpoint:
     buffers: Buffers
     parts: Mapping[str, Any]
     recipe: str
+
+
+def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write a safetensors file with the permissions of any new file; the library's own choice is
+    that nobody but its owner reads it."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(arrays), path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def read_json(path: Path) -> Json:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from safetensors.numpy import save_file
-
 from sslx.export.card import About
+from sslx.export.directory import write_arrays
 from sslx.export.hf import architecture_of
 from sslx.models.encoder import chosen
 from sslx.objectives.base import Objective
@@ -32,4 +31,4 @@ def save(
     path = Path(out)
     path = path if path.suffix == ".safetensors" else path / "model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, path, metadata={"format": "pt"})
+    write_arrays(arrays, path)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import flax
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Bool, Float
@@ -94,6 +95,11 @@ class Encoder:
             )
         return tuple(batch[name] for name in self.signature.leaves)
 
+    def __repr__(self) -> str:
+        size = sum(x.size for x in jax.tree.leaves(self.variables))
+        network = self.module or getattr(self.network, "__name__", self.network)
+        return f"Encoder({network}, of {size:,} numbers, reads {', '.join(self.signature.leaves)})"
+
     @property
     def module(self) -> nn.Module | None:
         """The Linen module, None where the network is a plain function."""
@@ -113,7 +119,7 @@ def encoder(module: nn.Module, variables: Tree) -> Encoder:
 
 def chosen(encoders: Mapping[str, Encoder], name: str | None = None) -> Encoder:
     """The encoder of that name, by default the first; raises ValueError where there is none."""
-    name = name or next(iter(encoders))
+    name = name or next(iter(encoders), "")
     if name not in encoders:
         raise ValueError(f"There is no encoder {name!r}: use one of {', '.join(encoders)}.")
     return encoders[name]

@@ -1,0 +1,67 @@
+"""Runs made of the checkpoints of other libraries."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sslx.checkpoint import CheckpointError, Checkpoints
+from sslx.config import Config, ConfigError, lines
+from sslx.export import hf
+from sslx.recipes import Recipe
+from sslx.run import Run
+from sslx.state import first_state
+
+# What the weights of a model do not determine: how it is computed, initialized and trained.
+UNDETERMINED = re.compile(
+    r".*\.(dtype|remat|init|kernel_init|last_gamma|dropout|attention_dropout)(\.|$)"
+)
+
+
+def import_checkpoint(
+    source: Path, run: Path, recipe: Path | str | None = None, overrides: tuple[str, ...] = ()
+) -> Run:
+    """A run at step 0 with the weights of a Hugging Face directory, to continue or to probe.
+
+    The recipe is the model's own by default; its model is made the checkpoint's.
+    """
+    if (run / "overrides.json").exists():
+        raise ConfigError(f"{run} is a run already: name a new directory.")
+    checkpoint = hf.read(source)
+    base = Recipe(recipe or checkpoint.recipe)
+    fields = determined(checkpoint.parts, base.load())
+    where = f"start={os.path.abspath(source)}"
+    recipe = Recipe(base.path, (*fields, where, *overrides))
+    config = recipe.load()
+    try:
+        state = first_state(config, config.mesh.build())
+    except ValueError as error:
+        hint = "Or name a recipe whose data are like those of the checkpoint, --recipe RECIPE."
+        raise ConfigError(f"{base.path}: {error} {hint}") from error
+    recipe.save(run)
+    checkpoints = Checkpoints(run / "checkpoints", config.keep)
+    checkpoints.save(0, state)
+    checkpoints.close()
+    if not checkpoints.steps():
+        raise CheckpointError(f"{run} could not be written: make room and import again.")
+    return Run(run, config)
+
+
+def determined(parts: Mapping[str, Any], config: Config) -> list[str]:
+    """Overrides that make the parts of `config` at those paths what a checkpoint determines.
+
+    A path stands for all that end with it: the vocabulary of an eval's data is the data's own.
+    """
+    known = [line.split(" = ")[0] for line in lines(config)]
+    overrides = []
+    for path, value in parts.items():
+        for place in [p for p in known if f".{p}".endswith(f".{path}")] or [path]:
+            of = dict(line.split(" = ") for line in lines(value, place))
+            inner = {name.rpartition(".")[0] for name in of}
+            overrides += [
+                f"{name}={text}"
+                for name, text in of.items()
+                if name not in inner and not UNDETERMINED.match(name)
+            ]
+    return overrides
