@@ -184,6 +184,12 @@ def test_show_needs_no_data(capfd):
     assert 3 * forward < shown_flops(text) < 4 * forward
 
 
+def test_show_of_a_run(eight, capfd):
+    assert sslx("show", eight, "batch_size=8") == 0
+    text = said(capfd)
+    assert "batch_size = 8" in text and "params/encoder" not in text and "steps = 40" in text
+
+
 # ---- export and import ----
 
 
@@ -195,6 +201,8 @@ def test_what_is_exported_is_imported_and_goes_on(probed, tmp_path, capfd):
     assert config["image_size"] == 8 and config["patch_size"] == 2
     processor = json.loads((out / "preprocessor_config.json").read_text())
     assert (processor["image_mean"], processor["image_std"]) == ([0.3], [0.37])
+    kinds = ("config.json", "model.safetensors")
+    assert len({(out / name).stat().st_mode for name in kinds}) == 1  # others may read both
     card = (out / "README.md").read_text()
     knn = json.loads((probed / "evals.json").read_text())["step 20"]["knn/top1"]
     assert "step 20" in card and f"| knn/top1 | {knn:.6g} |" in card and "batch_size = 16" in card
@@ -202,6 +210,9 @@ def test_what_is_exported_is_imported_and_goes_on(probed, tmp_path, capfd):
     other = ("--recipe", TINY, "steps=5", "objective.encoder.width=8")
     assert sslx("import", out, run, *other) == 1 and not run.exists()
     assert f"[16, 16] in {out} and [8, 16] in this run" in said(capfd)
+    assert sslx("import", out, run) == 1 and not run.exists()
+    assert "mae_vit_imagenet: params/decoder/pixels/" in (text := said(capfd))
+    assert "a recipe whose data are like those of the checkpoint, --recipe RECIPE" in text
     assert sslx("import", out, run, "--recipe", TINY, "steps=5") == 0
     trained, imported = load(probed / "checkpoints"), load(run / "checkpoints")
     assert digest(imported["params"]) == digest(trained["params"]) and imported["step"] == 0
@@ -253,7 +264,9 @@ except SystemExit as done:
 def test_unknown_arguments(args, capfd):
     with pytest.raises(SystemExit) as ended:
         sslx(*args)
-    assert ended.value.code == 2 and "sslx" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert ended.value.code == 2 and "sslx" in error
+    assert ("an override has no dashes, name=value" in error) == ("--steps" in args)
 
 
 def test_traceback_on_request(tmp_path):

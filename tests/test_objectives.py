@@ -273,6 +273,26 @@ class Watchful(Follow):
         return loss, ({**buffers, "mean": mean}, metrics)
 
 
+@dataclass(frozen=True)
+class Clamped(Follow):
+    """Weights stay between -0.1 and 0.1."""
+
+    def update(self, params, buffers, step):
+        return {"w": jnp.clip(params["w"], -0.1, 0.1)}, buffers
+
+
+def test_an_update_may_set_params():
+    row = replace(ROWS["Follow"], objective=Clamped())
+    config, mesh = config_of(row, optimizer=Record()), mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh):
+        state, batch = state_of.fresh_state(config, mesh), placed(row.batch(0), mesh)
+        before = jax.device_get(state.params["w"])
+        after, _ = engine.jitted_step(config, mesh)(state, batch)
+    moved = before - 0.1 * np.asarray(after.opt_state["w"])
+    assert np.abs(moved).max() > 0.2
+    np.testing.assert_allclose(after.params["w"], np.clip(moved, -0.1, 0.1), atol=1e-6)
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulated_step_is_that_of_the_whole_batch(parts):
     """Where no example knows of the others: the same loss, gradient, buffers and metrics' mean."""

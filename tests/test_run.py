@@ -78,6 +78,30 @@ def spectra():
     return names
 
 
+def data(x, y):
+    return sslx.arrays(spectrum=x, label=y)
+
+
+MISTAKES = {
+    "unpacked": ("return error.mean(), (buffers, {})", "return error.mean(), {}", "unpack"),
+    "metric of its own": ("{})", "{'loss': error.mean()})", "metrics loss: a metric is a scalar"),
+    "no scalar": ("{})", "{'error': error})", "metrics error: a metric is a scalar"),
+    "no encoder": ('return {"spectra', 'return {} or {}\n        {"spectra', "no encoder"),
+    "not frozen": ("@dataclass(frozen=True)", "@dataclass", r"Autoencode is no value.*frozen=True"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_a_method_are_named(mistake, tmp_path):
+    """Before anything is evaluated or saved."""
+    right, wrong, message = MISTAKES[mistake]
+    assert SPECTRUM.count(right) == 1
+    code = SPECTRUM.replace(right, wrong)
+    with pytest.raises((ValueError, TypeError), match=message):
+        exec(code + "sslx.fit(config, RUN)", {"__name__": "spectra", "RUN": tmp_path / "run"})
+    assert not (tmp_path / "run" / "evals.json").exists()
+
+
 def test_a_method_of_a_made_up_modality(tmp_path, capfd):
     assert len(SPECTRUM.strip().splitlines()) <= 40
     names = spectra()
@@ -100,5 +124,14 @@ def test_a_method_of_a_made_up_modality(tmp_path, capfd):
     with pytest.raises(ValueError, match="this encoder is encode") as refused:
         run.export(tmp_path / "out")
     assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "out").exists()
+    again = run.evaluate(
+        ("knn",), ({"spectrum": x[:384], "label": y[:384]}, data(x[384:], y[384:]))
+    )
+    assert again["step 40"]["knn/top1"] == scores["step 40"]["knn/top1"]
+    assert {"step 40", "step 40 on arrays arrays"} <= set(run.scores())
+    with pytest.raises(ValueError, match="give arrays like those in Python"):
+        run.evaluate(data=("digits:train", "digits:test"))
+    assert repr(encoder) == "Encoder(encode, of 256 numbers, reads spectrum)"
+    assert repr(features) == "Features(x=[512, 8], label=[512])"
     assert main(["eval", str(tmp_path / "run"), "--on", "knn"]) == 0  # by the command line too
     assert "knn/top1" in capfd.readouterr().out

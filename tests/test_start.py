@@ -132,6 +132,31 @@ def test_what_does_not_fit_is_refused(trained, tmp_path):
         params_of(config_of(start=Start(str(tmp_path), names=(("params/x", "params/y"),))))
 
 
+class Given(Start):
+    """A source whose arrays are at hand."""
+
+    def read(self):
+        return {path: np.ones(3, np.float32) for path in ("params/a", "params/ab/c")}
+
+
+def test_a_branch_is_no_prefix_of_a_name():
+    here = jax.sharding.NamedSharding(sslx.Mesh().build(), jax.sharding.PartitionSpec())
+    zeros = jax.device_put(
+        {"a": np.zeros(3, np.float32), "ab": {"c": np.zeros(3, np.float32)}}, here
+    )
+    params, _ = Given("x", names=(("params/a", "params/a"),))(zeros, {})
+    assert params["a"].all() and not params["ab"]["c"].any()
+
+
+def test_the_first_rule_that_matches_resizes():
+    here = jax.sharding.NamedSharding(sslx.Mesh().build(), jax.sharding.PartitionSpec())
+    zeros = jax.device_put({"a": np.zeros(4, np.float32)}, here)
+    double = lambda theirs, ours: ours + 2 * theirs[0]  # noqa: E731
+    rules = (("params/b", double), ("params/a", double), (".*", extended))
+    params, _ = Given("x", resize=rules)(zeros, {})
+    np.testing.assert_array_equal(params["a"], np.full(4, 2.0))
+
+
 # ---- tables of positions ----
 
 

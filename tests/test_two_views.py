@@ -16,6 +16,7 @@ from sslx.evals import health as evals
 from sslx.models import heads
 from sslx.models.encoder import Signature
 from sslx.models.heads import Head, Siamese
+from sslx.models.resnet import ResNet, Stem
 from sslx.models.vit import ViT
 from sslx.objectives.base import apply
 from sslx.objectives.byol import BYOL
@@ -312,6 +313,23 @@ def test_byols_loss_and_gradient_by_hand():
     assert relative(loss, expected) < 1e-6
     assert relative(grads["projector"]["linear0"]["kernel"], da) < 1e-5
     assert relative(grads["predictor"]["linear0"]["kernel"], db) < 1e-5
+
+
+def test_both_networks_of_byol_are_encoders():
+    small = ResNet(kernels=(3, 3), blocks=(1,), channels=8, stem=Stem(3, 1, 1, False))
+    objective = BYOL(Siamese(small, linear(4), linear(4)), Constant(0.5))
+    params, buffers = started(objective, {"image": vectors(4, 2, 8, 8, 3)})
+    found, image = objective.encoders(params, buffers), {"image": vectors(4, 8, 8, 3)}
+    assert list(found) == ["online", "target"]
+    slow = buffers["target"]
+    for name, of, stats in (
+        ("online", params, buffers["stats"]),
+        ("target", slow["params"], slow["stats"]),
+    ):
+        variables = {"params": of["encoder"], "batch_stats": stats["batch_stats"]["encoder"]}
+        tokens = objective.net.encoder.apply(variables, image["image"], train=False)
+        np.testing.assert_array_equal(found[name](image)[0], tokens)
+    assert relative(found["online"](image)[0], found["target"](image)[0]) > 0.1
 
 
 def test_the_target_follows_params_alone():
