@@ -59,7 +59,7 @@ def digest(state: Tree) -> dict[str, int]:
     in 2**64 is missed (one in 2**32 if it touches highest bits only, where the first is blind).
     """
     digests = {}
-    for path, x in _named(state).items():  # one by one: XLA's fake devices stop dead on 32 at once
+    for path, x in _named(state).items():  # one by one: forced host devices deadlock on 32
         a, b = jax.device_get(_lanes(_words(x)))
         digests[path] = int(a) << 32 | int(b)
     return digests
@@ -260,7 +260,7 @@ class Checkpoints:
             return self._lost(step, error)
         self._current = step
         self._bad.discard(step)
-        # Later steps are an abandoned or damaged future: they neither count nor go.
+        # Checkpoints of later steps, of a run that went back, are neither counted nor removed.
         try:
             good = [s for s in self.steps() if s <= step and s not in self._bad]
             for old in self.keep.stale(good):

@@ -150,6 +150,8 @@ def eval_(arguments) -> None:
         columns = Run.open(arguments.workdir).evaluate(on, data, arguments.step, progress)
     if jax.process_index():
         return
+    if (pictures := arguments.workdir / "pictures").is_dir():
+        print(f"pictures are in {pictures}")
     table = Table("", *columns)
     for name in dict.fromkeys(name for of in columns.values() for name in of):
         table.add_row(name, *(f"{of[name]:.4g}" if name in of else "" for of in columns.values()))

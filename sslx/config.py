@@ -152,6 +152,10 @@ class Config:
     def __post_init__(self):
         if isinstance(self.start, str):
             object.__setattr__(self, "start", Start(self.start))
+        if not isinstance(self.views, Views):
+            raise ConfigError(
+                f"views={self.views}: give one to train and one to evaluate, Views()."
+            )
         for name in ("objective", "views", "optimizer"):
             try:
                 hash(getattr(self, name))

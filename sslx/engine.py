@@ -25,8 +25,8 @@ from sslx.watch import FINITE, Scores, Watch
 
 OWN_METRICS = ("loss", "grad_norm", "param_norm", "learning_rate", "skipped")
 
-# What a step's key is folded with: one stream of random numbers for each use. Views are folded with
-# VIEWS, VIEWS + 2, ... in the micro-batches of a step.
+# What a step's key is folded with, one stream of random numbers for each use: the views of
+# micro-batch i with VIEWS + 2 * i, all losses with LOSS, and then with i.
 VIEWS, LOSS = 0, 1
 
 
@@ -36,7 +36,7 @@ VIEWS, LOSS = 0, 1
 def train_step(state: TrainState, batch: Batch, *, config: Config) -> tuple[TrainState, Metrics]:
     """One optimizer step on one global batch."""
     loss, grads, buffers, metrics = accumulated(state, batch, config=config)
-    layers = layers_of(config, batch)
+    layers = layers_of(config, batch)  # where a scan stacks them, for layer-wise optimizers
     updates, opt_state = config.optimizer.update(
         grads, state.opt_state, state.params, state.step, layers
     )
@@ -60,9 +60,9 @@ def accumulated(
     """Loss, gradient, buffers and metrics of one global batch, in `config.accumulate` parts.
 
     Loss, gradient and metrics are the means over micro-batches, weighted by the metric `weight`,
-    so that they are those of the whole batch; so is the mean that buffers move by, once a step.
-    Every micro-batch is rendered by the views when its turn comes, and takes each n-th example, so
-    that it is spread over all devices.
+    so that they are those of the whole batch. Buffers move once, by the mean of what each
+    micro-batch would move them. Every micro-batch is rendered by the views when its turn comes, and
+    takes every n-th example, so that it is spread over all devices.
     """
     key, n = jax.random.fold_in(state.key, state.step), config.accumulate
     differentiate = jax.value_and_grad(config.objective.loss, has_aux=True)
@@ -90,7 +90,7 @@ def accumulated(
         weighted = lambda total, x: total + weight * x  # noqa: E731
         total, metrics_total, weights, moved = sums
         total, metrics_total = jax.tree.map(weighted, (total, metrics_total), (grads, metrics))
-        moved = jax.tree.map(functools.partial(shifted, n), moved, buffers, state.buffers)
+        moved = jax.tree.map(functools.partial(add_share, n), moved, buffers, state.buffers)
         return (total, metrics_total, weights + weight, moved), None
 
     micros = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -105,16 +105,14 @@ def accumulated(
     return metrics.pop("loss"), grads, buffers, metrics
 
 
-def shifted(n: int, moved: Array, buffer: Array, before: Array) -> Array:
-    """`moved` plus 1 / n of a buffer's change; integers by the whole change, others replaced.
-
-    A buffer that no micro-batch changes stays as it is, to the last bit.
-    """
-    if jnp.issubdtype(before.dtype, jnp.floating):
-        return moved + (buffer - before) / n
-    if jnp.issubdtype(before.dtype, jnp.integer):
-        return moved + (buffer - before)
-    return buffer
+def add_share(n: int, total: Array, new: Array, old: Array) -> Array:
+    """`total` and 1 / n of the change of a buffer from `old` to `new`; integers by all of it, what
+    is no number is replaced. A buffer that does not change stays as it is, to the last bit."""
+    if jnp.issubdtype(old.dtype, jnp.floating):
+        return total + (new - old) / n
+    if jnp.issubdtype(old.dtype, jnp.integer):
+        return total + (new - old)
+    return new
 
 
 # ---- on a mesh ----
@@ -122,9 +120,10 @@ def shifted(n: int, moved: Array, buffer: Array, before: Array) -> Array:
 
 def jitted_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
     """`train_step` for `config` on `mesh`: (state, batch) -> (state, metrics), state donated."""
-    where = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    state_shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    out_shardings = (state_shardings, NamedSharding(mesh, P()))
     step = functools.partial(train_step, config=config)
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, NamedSharding(mesh, P())))
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
 
 @contextlib.contextmanager
@@ -173,9 +172,9 @@ def _raise(error: BaseException):
 def train(config: Config, run: Path) -> TrainState:
     """Train to `config.steps` in the directory `run`, from its newest good checkpoint if any.
 
-    Raises Interrupted after SIGTERM or Ctrl-C, with everything saved; Diverged when the loss is no
-    longer finite, and Collapsed on request, with the newest checkpoint from before; CheckpointError
-    when the last step could not be saved.
+    Raises Interrupted after SIGTERM or Ctrl-C, with everything saved; Diverged when a loss or
+    gradient is not finite, and Collapsed with collapse.then=stop, the newest checkpoint from before
+    being kept; CheckpointError when the last step could not be saved.
     """
     run.mkdir(parents=True, exist_ok=True)
     mesh = check(config)
@@ -220,7 +219,7 @@ def loop(config, mesh, step_fn, start: int, state, watch, scores, signals) -> Tr
                 watch.checkpoints.save(step, state)
             if not stop and (last or step % config.eval_every == 0):
                 scores.add(step, state)
-                watch.clock.read(0)
+                watch.clock.read(0)  # an evaluation counts for no step's time
             if stop:
                 raise Interrupted(stop, step, watch.newest())
     if (newest := watch.newest()) < config.steps:

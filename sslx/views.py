@@ -47,7 +47,8 @@ class Views:
 class Stack:
     """One rendering of the same picture by each chain: image [B, V, H, W, C], other leaves kept.
 
-    Chains draw apart, equal ones too. Raises ValueError where they make images of two sizes.
+    Each chain has its own random numbers, even where two are equal. Raises ValueError where they
+    make images of two sizes.
     """
 
     chains: tuple[View, ...]
@@ -88,9 +89,10 @@ def statistics(view: View) -> tuple[tuple[float, ...], tuple[float, ...]] | None
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """uint8 image [B, H, W, C], extent [B, 2] -> float image [B, size, size, C] in [0, 1].
+    """Image [B, H, W, C] -> float image [B, size, size, C]; uint8 pixels become numbers in [0, 1].
 
-    Raises ValueError where the image is smaller than the crop.
+    `extent` [B, 2] is the height and width of each picture in its frame; without it they fill
+    theirs. Raises ValueError where the image is smaller than the crop.
     """
 
     size: int
@@ -99,21 +101,27 @@ class RandomResizedCrop:
     kernel: ops.Kernel = ops.cubic  # or ops.triangle, bilinear: torchvision's default
 
     def __call__(self, key: Array, batch: Batch) -> Batch:
-        boxes = ops.random_boxes(key, batch["extent"], self.scale, self.ratio)
+        boxes = ops.random_boxes(key, _extent(batch), self.scale, self.ratio)
         return _cropped(batch, boxes, self.size, self.kernel)
 
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The centered square with `share` of the short side, at `size` x `size`, in [0, 1]."""
+    """The centered square with `share` of the short side, at `size` x `size`."""
 
     size: int
     share: float = 1.0
     kernel: ops.Kernel = ops.cubic
 
     def __call__(self, key: Array, batch: Batch) -> Batch:
-        boxes = ops.center_boxes(batch["extent"], self.share)
+        boxes = ops.center_boxes(_extent(batch), self.share)
         return _cropped(batch, boxes, self.size, self.kernel)
+
+
+def _extent(batch: Batch) -> Array:
+    """Height and width of each picture [B, 2]."""
+    whole = jnp.array(batch["image"].shape[1:3], jnp.int32)
+    return batch.get("extent", jnp.broadcast_to(whole, (len(batch["image"]), 2)))
 
 
 def _cropped(batch: Batch, boxes: Array, size: int, kernel: ops.Kernel) -> Batch:
@@ -125,7 +133,8 @@ def _cropped(batch: Batch, boxes: Array, size: int, kernel: ops.Kernel) -> Batch
             f"{size} x {size}. Decode the data larger, Image({size}), or use views of size "
             f"{min(height, width)}."
         )
-    image = ops.crop_resize(image.astype(jnp.float32) / 255, boxes, size, kernel)
+    pixels = image.astype(jnp.float32) / (255 if image.dtype == jnp.uint8 else 1)
+    image = ops.crop_resize(pixels, boxes, size, kernel)
     kept = {name: x for name, x in batch.items() if name not in ("image", "extent")}
     return {"image": constrain(image, "batch", None, None, None), **kept}
 
@@ -281,7 +290,7 @@ class Normalize:
         return {**batch, "image": (image - jnp.asarray(self.mean)) / jnp.asarray(self.std)}
 
 
-# ---- recipes ----
+# ---- views of published methods ----
 
 
 def mae(
@@ -376,7 +385,7 @@ def digits(
     strength: float = 0.4,
     statistics: tuple[tuple[float, ...], tuple[float, ...]] = GRAY,
 ) -> Views:
-    """Two views alike of small gray figures: crop, brightness, contrast; a mirrored 2 is none."""
+    """Two views alike of small gray figures: crop, brightness, contrast; a mirrored 2 is no 2."""
     jitter, normalize = _torchvision(strength, strength, 0.0, 0.0), Normalize(*statistics)
     view = Chain((RandomResizedCrop(size, scale), jitter, normalize))
     return Views(Stack((view, view)), Chain((CenterCrop(size), normalize)))

@@ -101,11 +101,18 @@ class Scores:
         missing = np.asarray([bool(config.evals) and name not in self.known for name in names])
         if jax.process_count() > 1:  # a shared disk may show its files unequal
             missing = multihost_utils.broadcast_one_to_all(missing)
+        if state is None and config.start and missing[0]:
+            first_state(config, self.mesh)  # refused, if it must be, before anything is evaluated
         if state is None or missing[0]:
             fresh = fresh_state(config, self.mesh)
             self.add(0, fresh, "random init")
+        if state is None and not config.start:
+            return fresh
         if state is None:
-            return first_state(config, self.mesh) if config.start else fresh
+            del fresh  # there may be no room for two
+            state = first_state(config, self.mesh)
+            self.add(0, state)
+            return state
         if missing[1] and (start % config.eval_every == 0 or start >= config.steps):
             self.add(start, state)
         return state
@@ -120,17 +127,19 @@ class Scores:
 
         self.log.progress(step, "evaluating")
         values = evaluate(self.config, self.mesh, state, progress)
-        self.log.write(step, values)
+        if not (name and self.config.start):  # a run with a start has another step 0
+            self.log.write(step, values)
         scores = {k: v for k, v in values.items() if not isinstance(v, np.ndarray)}
         base = self.known.get("random init", {})
-        self.known[name or f"step {step}"] = scores
+        title = name or f"step {step}"
+        self.known[title] = scores
         if self.log.speaks:
             with self.log.forgiving(step, self.path.name):
                 write_whole(self.path, json.dumps(self.known, indent=1) + "\n")
         parts = [
             f"{k} {v:.4g}" + (f" ({base[k]:.4g})" if k in base else "") for k, v in scores.items()
         ]
-        self.log.say(f"step {step}{' (random init)' * bool(base)}:  " + "  ".join(parts))
+        self.log.say(f"{title}{' (random init)' * bool(base)}:  " + "  ".join(parts))
 
 
 def evaluate(

@@ -1,6 +1,7 @@
 """Params of step 0 from a run or a directory: what is taken, resized, missing and left over."""
 
 import logging
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,23 @@ def test_a_run_starts_from_another_and_resumes_from_itself(trained, tmp_path):
     assert fitted.config.steps == 2 and again.restore()[2] == 4
     with pytest.raises(ValueError, match="give the directory of a Hugging Face checkpoint"):
         params_of(config_of(start=absent))
+
+
+def test_step_0_of_a_run_with_a_start_is_not_random_init(trained, tmp_path):
+    """Both are evaluated, under their names; what does not fit is refused before that."""
+    test = sslx.Pipeline("digits:test", Image(8, channels=1), labels=True)
+    evals = {"probes": sslx.Probes(test, test, on=(sslx.KNN(5),))}
+    config = replace(config_of(start=str(trained.path), steps=1), evals=evals)
+    run = sslx.fit(config, tmp_path / "run")
+    assert list(run.scores()) == ["random init", "step 0", "step 1"]
+    features = trained.features("digits:test")
+    expected = dict(sslx.KNN(5)(features, features))["knn/top1"]
+    assert run.scores()["step 0"] == {"knn/top1": expected} != run.scores()["random init"]
+    assert run.metrics()["knn/top1"][0] == expected and list(run.metrics()["step"]) == [0, 1]
+    wide = MAE(ViT(32, 2, 2, patch=2), Decoder(16, 1, 2))
+    with pytest.raises(ValueError, match="in this run"):
+        sslx.fit(replace(config, objective=wide), tmp_path / "wide")
+    assert not (tmp_path / "wide" / "evals.json").exists()
 
 
 def test_buffers_and_branches_by_name(tmp_path):

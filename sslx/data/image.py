@@ -41,7 +41,7 @@ class Image:
         self, record: dict[str, Any], rng: np.random.Generator | None = None
     ) -> dict[str, np.ndarray]:
         image, shape = record["image"], (self.size, self.size, self.channels)
-        if isinstance(image, np.ndarray) and image.shape == shape:
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == shape:
             return {"image": image, "extent": np.array(shape[:2], np.int32)}
         picture = picture_of(image) if isinstance(image, np.ndarray) else opened(image)
         picture, extent = self.fitted(picture)
@@ -127,5 +127,8 @@ def flat(picture, mode: str):
 
 def picture_of(image: np.ndarray):
     if image.dtype != np.uint8:
-        raise ValueError(f"an image array is uint8 [H, W, C], not {image.dtype} {image.shape}")
+        raise ValueError(
+            f"an image array is uint8 [H, W, C], not {image.dtype} {image.shape}: multiply by 255 "
+            "and round, or give the pipeline no decoder"
+        )
     return PIL.Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)

@@ -33,8 +33,8 @@ class Decode(Protocol):
     shapes  the shape and dtype of each of them, known before any record is read
     reads   names of what it reads of a record
 
-    `rng` depends on the run's seed and the example's place in it alone, for random clips, crops of
-    audio, spans.
+    `rng` depends on the run's seed and the example's place in the run, step * batch_size + row,
+    alone; it is for random clips, crops of audio, spans.
     """
 
     shapes: Shapes
@@ -50,7 +50,7 @@ class Pipeline:
     source       Source or URI; a mixture draws from each by its weight, each in its own epochs
     decode       (record, rng) -> example, a dict of arrays of one fixed shape; None takes the
                  arrays of an in-memory source as they are
-    labels       whether batches carry `label`; pretraining batches carry none at all
+    labels       whether training batches have a `label`; those of an evaluation have it anyway
     max_corrupt  share of a source's records that may be undecodable before the run stops; any
                  share but 0 allows one record
     workers      processes that read and decode, 0 for threads in this one; None chooses. As in
@@ -173,7 +173,7 @@ class Pipeline:
         return Batches(one.mp_prefetch(options, worker_init_fn=off_device), load, masked)
 
     def processes(self, local: int, records: int) -> int:
-        """The number of workers: as asked, or one per core but one where that is faster."""
+        """The number of workers: as asked, or, where that is faster, one less than cores."""
         small = records < 20_000 or all(source.resident for source, _ in self.mixture)
         few = 0 if small or cores() <= 2 else min(cores() - 1, 32)
         workers = few if self.workers is None else self.workers

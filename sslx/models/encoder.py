@@ -113,7 +113,16 @@ class Encoder:
 
 
 def encoder(module: nn.Module, variables: Tree) -> Encoder:
-    """The Encoder of a Linen module that has a `signature`, such as ViT, ResNet, TextEncoder."""
+    """The Encoder of a Linen module such as ViT, ResNet or TextEncoder.
+
+    The module is called with its leaves and `train=False`, and has a `signature`; a plain function
+    becomes one by Encoder(variables, function, Signature(leaves)).
+    """
+    if not isinstance(getattr(module, "signature", None), Signature):
+        raise ValueError(
+            f"{type(module).__name__} does not say what it reads: give it a field or property "
+            f"`signature`, such as Signature(('image',))."
+        )
     return Encoder(variables, Applied(module), module.signature)
 
 

@@ -17,13 +17,17 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: Array, batch: Batch) -> tuple[Params, Buffers]:
-        """Fresh params and buffers; traced, never run eagerly, so nothing aliases."""
+        """Fresh params and buffers, for a batch as the train view renders it; called under jit."""
 
     @abc.abstractmethod
     def loss(
         self, params: Params, buffers: Buffers, batch: Batch, key: Array, step: Array
     ) -> tuple[Array, tuple[Buffers, Metrics]]:
-        """The scalar to minimize on one global batch, with moved buffers and scalar metrics."""
+        """The scalar to minimize on one global batch, with moved buffers and metrics.
+
+        `key` is another one at each step. Metrics are scalars; the step has its own `loss`,
+        `grad_norm`, `param_norm`, `learning_rate` and `skipped`.
+        """
 
     def update(self, params: Params, buffers: Buffers, step: Array) -> tuple[Params, Buffers]:
         """Params and buffers after the optimizer moved the params.
