@@ -152,10 +152,10 @@ class Config:
     def __post_init__(self):
         if isinstance(self.start, str):
             object.__setattr__(self, "start", Start(self.start))
-        if not isinstance(self.views, Views):
-            raise ConfigError(
-                f"views={self.views}: give one to train and one to evaluate, Views()."
-            )
+        kinds = {"objective": Objective, "data": Pipeline, "views": Views, "optimizer": Optimizer}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is no {kind.__name__}.")
         for name in ("objective", "views", "optimizer"):
             try:
                 hash(getattr(self, name))

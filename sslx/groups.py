@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sslx.ops.trees import boxed, matching, path_of
-from sslx.optim import Optimizer, clip_by_norm, each, matched, stateless
+from sslx.ops.trees import matching, paths
+from sslx.optim import Optimizer, check_matches, clip_by_norm, each, stateless
 from sslx.types import Array, Params, Tree
 
 EMBEDDINGS = r"encoder/(?!transformer/).*"  # of an encoder, all that is not in its transformer
@@ -38,8 +38,8 @@ class Wrapped(Optimizer):
     def learning_rate(self, step: Array | int) -> Array | float:
         return self.optimizer.learning_rate(step)
 
-    def check(self, params: Params) -> None:
-        self.optimizer.check(params)
+    def check(self, params: Params, among: Params | None = None) -> None:
+        self.optimizer.check(params, among)
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class LayerWise(Wrapped):
     decay: float
     embeddings: str = EMBEDDINGS
 
-    def check(self, params: Params) -> None:
-        matched(params, self.embeddings, "embeddings")
-        self.optimizer.check(params)
+    def check(self, params: Params, among: Params | None = None) -> None:
+        check_matches(params, self.embeddings, "embeddings")
+        self.optimizer.check(params, among)
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
         def scaled(updates, params, step, layers):
@@ -144,17 +144,32 @@ class Grouped(Wrapped):
     groups: tuple[Group, ...]
     clip: float | None = None
 
-    def check(self, params: Params) -> None:
-        self.optimizer.check(params)
-        labels = set(self.labels(params).values())
+    def __post_init__(self):
+        if not all(isinstance(group, Group) for group in self.groups):
+            raise ValueError(f"groups={self.groups}: a tuple of Group(pattern, optimizer).")
+
+    def check(self, params: Params, among: Params | None = None) -> None:
+        among = params if among is None else among
         for i, group in enumerate(self.groups):
-            matched(params, group.params, f"groups.{i}.params")
-            if i not in labels:
+            check_matches(params, group.params, f"groups.{i}.params")
+        of_groups = self.split(params, self.labels(params))
+        for i, optimizer in self.optimizers.items():
+            if i >= 0 and not of_groups[i]:
                 raise ValueError(
-                    f"groups.{i}.params={group.params!r} matches only params of groups before it: "
-                    f"put it first."
+                    f"groups.{i}.params={self.groups[i].params!r} matches only params of groups "
+                    f"before it: put it first."
                 )
-            group.optimizer.check(params)
+            optimizer.check(of_groups[i], among)
+
+    @property
+    def optimizers(self) -> dict[int, Optimizer]:
+        """The optimizer of each group by its number, and at -1 that of the others."""
+        return {-1: self.optimizer} | {i: group.optimizer for i, group in enumerate(self.groups)}
+
+    def split(self, tree: Tree, labels: dict[str, int]) -> dict[int, dict[str, Tree]]:
+        """The leaves of each group by their paths."""
+        named = paths(tree)
+        return {i: {p: named[p] for p, at in labels.items() if at == i} for i in self.optimizers}
 
     def labels(self, params: Params) -> dict[str, int]:
         """The number of the group of each path, -1 for those of `optimizer`."""
@@ -165,22 +180,17 @@ class Grouped(Wrapped):
         return labels
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
-        optimizers = {-1: self.optimizer} | {i: g.optimizer for i, g in enumerate(self.groups)}
-        inner = {i: optimizer.transform() for i, optimizer in optimizers.items()}
-        moving = [i for i, optimizer in optimizers.items() if not isinstance(optimizer, Frozen)]
+        inner = {i: optimizer.transform() for i, optimizer in self.optimizers.items()}
+        moving = [i for i, o in self.optimizers.items() if not isinstance(o, Frozen)]
         clip = clip_by_norm(self.clip)
 
-        def split(tree: Tree, labels: dict[str, int]) -> dict[int, dict[str, Tree]]:
-            named = paths(tree)
-            return {i: {p: named[p] for p, at in labels.items() if at == i} for i in inner}
-
         def init(params: Params) -> dict[str, Tree]:
-            of_groups = split(params, self.labels(params))
+            of_groups = self.split(params, self.labels(params))
             return {str(i): inner[i].init(of_groups[i]) for i in inner}
 
         def update(grads, state, params=None, *, step, layers):
             labels = self.labels(params)
-            trees = [split(tree, labels) for tree in (grads, params, layers)]
+            trees = [self.split(tree, labels) for tree in (grads, params, layers)]
             grads_of, params_of, layers_of = trees
             free, _ = clip.update({i: grads_of[i] for i in moving}, optax.EmptyState())
             updates, moved = {}, {}
@@ -192,9 +202,3 @@ class Grouped(Wrapped):
             return treedef.unflatten(updates[path] for path in labels), moved
 
         return optax.GradientTransformationExtraArgs(init, update)
-
-
-def paths(tree: Tree) -> dict[str, Tree]:
-    """Every leaf by its path; boxed ones in their boxes."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=boxed)
-    return {path_of(keys): leaf for keys, leaf in leaves}

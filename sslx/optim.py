@@ -6,15 +6,17 @@ number of updates, which corrects its bias.
 """
 
 import abc
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sslx.ops.trees import matching, path_of
+from sslx.ops.trees import matching, paths
 from sslx.schedules import Constant
 from sslx.types import Array, Params, Schedule, Tree
 
@@ -28,7 +30,7 @@ class Optimizer(abc.ABC):
     patterns: ClassVar[tuple[str, ...]] = ("no_decay",)  # fields that name params by path
 
     def __post_init__(self):
-        if isinstance(self.learning_rate, int | float):
+        if isinstance(self.learning_rate, Real):
             object.__setattr__(self, "learning_rate", Constant(float(self.learning_rate)))
 
     @abc.abstractmethod
@@ -38,11 +40,16 @@ class Optimizer(abc.ABC):
         Its `update` takes `step` and `layers` beside grads, state and params.
         """
 
-    def check(self, params: Params) -> None:
-        """Raise ValueError for a pattern that matches no path: one that does nothing is a bug."""
+    def check(self, params: Params, among: Params | None = None) -> None:
+        """Raise ValueError for a pattern that matches no path: one that does nothing is a bug.
+
+        `among` are all params of the run, where `params` are those of a group.
+        """
         for name in self.patterns:
-            if name != "no_decay" or self.weight_decay:
-                matched(params, getattr(self, name), name)
+            pattern = getattr(self, name)
+            if pattern and (name != "no_decay" or self.weight_decay):
+                hint = f", or use {name}='' to match none"
+                check_matches(params if among is None else among, pattern, name, hint)
 
     def init(self, params: Params) -> Tree:
         """The state of the optimizer; raises ValueError for what does not fit these params."""
@@ -352,19 +359,19 @@ def each(
 # ---- which params ----
 
 
-def matched(params: Params, pattern: str, field: str) -> Tree:
-    """True for every param whose path matches `pattern`, an optimizer's `field`.
-
-    Raises ValueError when it matches no path at all; the empty pattern may.
-    """
-    matches = matching(params, pattern)
-    if pattern and not any(jax.tree.leaves(matches)):
-        paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+def check_matches(params: Params, pattern: str, field: str, hint: str = "") -> None:
+    """Raise ValueError where no path matches `pattern`, an optimizer's `field`."""
+    try:
+        matches = matching(params, pattern)
+    except re.error as error:
+        raise ValueError(f"{field}={pattern!r} is no regular expression: {error}.") from error
+    if not any(jax.tree.leaves(matches)):
+        known = paths(params)
+        example = next(iter(known), "none at all")
         raise ValueError(
-            f"{field}={pattern!r} matches none of the {len(paths)} params, such as {paths[0]}: "
-            f"correct the pattern, or use {field}='' to match none."
+            f"{field}={pattern!r} matches none of the {len(known)} params, such as {example}: "
+            f"correct the pattern{hint}."
         )
-    return matches
 
 
 # ---- scaling rules ----

@@ -6,6 +6,7 @@ The command line and a notebook call the same functions.
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 import weakref
@@ -24,6 +25,7 @@ from sslx.config import (
     Numbers,
     Progress,
     difference,
+    lines,
     printed,
     unheard,
     unknown,
@@ -92,6 +94,12 @@ def fit_recipe(recipe: Recipe, run: Path, accept_changes: bool = False) -> "Run"
 
 def start(config: Config, run: Path, save: Callable[[], None], accept_changes: bool) -> None:
     """Train in `run`, once `save` has written there what it takes to open it."""
+    for line in lines(config, law=True):
+        if re.search(" at 0x[0-9a-f]+>", line):
+            raise ConfigError(
+                f"{line}: this does not tell by which values it computes, so the run could not be "
+                f"resumed with it: make it a frozen dataclass, or a named function."
+            )
     resumed = (run / "overrides.json").is_file() and not accept_changes
     if resumed and (changes := difference(recipe_of(run).load(), config)):
         raise ConfigError(
@@ -202,7 +210,7 @@ class Run:
 
     def evaluate(
         self,
-        on: tuple[str, ...] = (),
+        on: str | tuple[str, ...] = (),
         data: tuple[Data, Data] | None = None,
         step: int | None = None,
         progress: Progress = unheard,
@@ -216,7 +224,10 @@ class Run:
               recipe's
         """
         config, mesh, step, state = self.restore(step)
-        config = dataclasses.replace(config, evals=selected(config, on, data))
+        on = (on,) if isinstance(on, str) else on
+        encoders = config.objective.encoders(state.params, state.buffers)
+        leaf = chosen(encoders).signature.leaves[0]
+        config = dataclasses.replace(config, evals=selected(config, on, data, leaf))
         columns = {}
         with jax.set_mesh(mesh):
             values = evaluate(config, mesh, state, prefixed(progress, f"step {step}"))
@@ -299,11 +310,13 @@ def shown(data: Data) -> str:
     return data if isinstance(data, str) else "arrays"
 
 
-def selected(config: Config, on: tuple[str, ...], data: tuple[Data, Data] | None) -> dict[str, Any]:
-    """The evals of `config`, on other data or only some of them."""
+def selected(
+    config: Config, on: tuple[str, ...], data: tuple[Data, Data] | None, leaf: str
+) -> dict[str, Any]:
+    """The evals of `config`, on other data or only some of them; `leaf` is what encoders read."""
     evals = dict(config.evals)
     if data:
-        sets = [dataclasses.replace(pipeline_of(config, of, "image"), labels=True) for of in data]
+        sets = [dataclasses.replace(pipeline_of(config, of, leaf), labels=True) for of in data]
         probes = [e for e in evals.values() if isinstance(e, Probes)] or [Probes(*sets)]
         evals = {"probes": dataclasses.replace(probes[0], train=sets[0], test=sets[1])}
         evals["probes"].check()

@@ -215,6 +215,11 @@ def test_layers_are_found_by_the_name_of_their_axis():
     [
         (Grouped(ADAM, (Group("head/.*", Frozen()),)), r"groups.0.params='head/\.\*' matches none"),
         (Grouped(ADAM, (Group(".*", ADAM), Group("zero", Frozen()))), "put it first"),
+        (Grouped(ADAM, (Group("[", Frozen()),)), r"groups.0.params='\[' is no regular expression"),
+        (  # of the params of its group, the inner one freezes none
+            Grouped(ADAM, (Group("dense/.*", Grouped(ADAM, (Group("conv/.*", Frozen()),))),)),
+            "groups.0.params='conv/.*' matches none of the 2",
+        ),
         (LayerWise(ADAM, 0.7), "embeddings=.* matches none"),
         (Grouped(replace(ADAM, no_decay="x"), ()), "no_decay='x' matches none of the 4"),
         (Grouped(ADAM, (Group("zero", LARS(RATE, no_trust="x")),)), "no_trust='x' matches none"),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sslx import optim
@@ -242,6 +243,17 @@ def test_stacked_layers_each_have_a_trust_ratio(form):
 def test_a_pattern_that_matches_nothing_is_an_error(optimizer, field):
     with pytest.raises(ValueError, match=f"{field}='nothing' matches none of the 4.*{field}=''"):
         jax.eval_shape(optimizer.init, nested(drawn(0)))
+
+
+def test_a_number_is_a_constant_rate():
+    assert AdamW(0.5) == AdamW(Constant(0.5)) and AdamW(0.5).learning_rate(3) == 0.5
+
+
+def test_params_in_boxes_have_their_own_names():
+    """In a message too: a box is no part of a path."""
+    params = {"w": nn.Partitioned(np.ones((2, 2), np.float32), ("embed", None))}
+    with pytest.raises(ValueError, match=r"the 1 params, such as w: correct"):
+        SGD(RATE, weight_decay=0.1).init(params)
 
 
 @pytest.mark.parametrize("form", [AdamW, SGD])

@@ -87,6 +87,7 @@ MISTAKES = {
     "metric of its own": ("{})", "{'loss': error.mean()})", "metrics loss: a metric is a scalar"),
     "no scalar": ("{})", "{'error': error})", "metrics error: a metric is a scalar"),
     "no encoder": ('return {"spectra', 'return {} or {}\n        {"spectra', "no encoder"),
+    "no value": ("width: int = 8", "width: object = object()", "object at 0x.*frozen dataclass"),
     "not frozen": ("@dataclass(frozen=True)", "@dataclass", r"Autoencode is no value.*frozen=True"),
 }
 

@@ -39,8 +39,8 @@ class Features:
         bad = len(self.x) - int(np.isfinite(self.x).all(1).sum())
         if bad:
             raise ValueError(
-                f"Features are not finite in {bad} of {len(self.x)} rows: the run diverged; "
-                f"restore an earlier checkpoint and lower the learning rate."
+                f"Features are not finite in {bad} of {len(self.x)} rows: the data are not, or the "
+                f"run diverged; then restore an earlier checkpoint and lower the learning rate."
             )
 
     def __repr__(self) -> str:

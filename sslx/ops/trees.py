@@ -14,6 +14,12 @@ def path_of(keys) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
+def paths(tree: Tree) -> dict[str, Tree]:
+    """Every leaf by its path; boxed ones in their boxes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=boxed)
+    return {path_of(keys): leaf for keys, leaf in leaves}
+
+
 def boxed(leaf) -> bool:
     """Whether a leaf still carries the names of its axes."""
     return isinstance(leaf, AxisMetadata)
