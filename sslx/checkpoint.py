@@ -378,9 +378,11 @@ def load(directory: epath.PathLike, step: int | None = None) -> Tree:
     """The newest state that verifies as nested dicts of NumPy arrays, no recipe needed.
 
     Lists and tuples come back as dicts with keys "0", "1", ...; typed keys as their uint32 data.
-    A process may call it alone. Raises CheckpointError if there is none.
+    A process may call it alone. Raises CheckpointError if there is none, or none of `step`.
     """
     checkpoints = Checkpoints(directory)
+    if step is not None and step not in (steps := checkpoints.steps()):
+        raise CheckpointError(f"{directory} has no checkpoint of step {step}, only of {steps}.")
     newest = checkpoints._walk(None, step)
     checkpoints.close()
     if newest is None:

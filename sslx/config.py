@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import UnionType
@@ -150,7 +151,7 @@ class Config:
     eval_every: int = how(5000)
 
     def __post_init__(self):
-        if isinstance(self.start, str):
+        if isinstance(self.start, str | os.PathLike):
             object.__setattr__(self, "start", Start(self.start))
         kinds = {"objective": Objective, "data": Pipeline, "views": Views, "optimizer": Optimizer}
         for name, kind in kinds.items():
@@ -221,6 +222,8 @@ def parts_of(value: Any, law: bool = False) -> Iterator[tuple[str, Any]]:
 def _text(value: Any) -> str:
     if _is_dtype(value):
         return jnp.dtype(value).name
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))}{',' * (len(value) == 1)})"
     return getattr(value, "__qualname__", None) or repr(value)
 
 

@@ -60,7 +60,8 @@ def accumulated(
     """Loss, gradient, buffers and metrics of one global batch, in `config.accumulate` parts.
 
     Loss, gradient and metrics are the means over micro-batches, weighted by the metric `weight`,
-    so that they are those of the whole batch. Buffers move once, by the mean of what each
+    so that they are those of the whole batch; one of weight 0 counts for nothing, even if its loss
+    is 0 / 0. Buffers move once, by the mean of what each
     micro-batch would move them. Every micro-batch is rendered by the views when its turn comes, and
     takes every n-th example, so that it is spread over all devices.
     """
@@ -79,7 +80,7 @@ def accumulated(
                 f"{', '.join(OWN_METRICS)} are the step's own."
             )
         metrics = {"loss": loss, **metrics}
-        return grads, buffers, metrics, metrics.pop("weight", jnp.float32(1))
+        return grads, buffers, metrics, jnp.float32(metrics.pop("weight", 1))
 
     if n == 1:  # no loop: a CPU's convolutions are 25 times slower in one
         grads, buffers, metrics, _ = micro_step(batch, jnp.int32(0))
@@ -87,7 +88,7 @@ def accumulated(
 
     def add(sums, micro):
         grads, buffers, metrics, weight = micro_step(*micro)
-        weighted = lambda total, x: total + weight * x  # noqa: E731
+        weighted = lambda total, x: total + jnp.where(weight > 0, weight * x, 0)  # noqa: E731
         total, metrics_total, weights, moved = sums
         total, metrics_total = jax.tree.map(weighted, (total, metrics_total), (grads, metrics))
         moved = jax.tree.map(functools.partial(add_share, n), moved, buffers, state.buffers)
@@ -96,12 +97,13 @@ def accumulated(
     micros = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
     first = jax.tree.map(lambda x: x[0], micros)
     shapes = jax.eval_shape(micro_step, first, jnp.int32(0))
-    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)  # noqa: E731
-    start = (zeros(shapes[0]), zeros(shapes[2]), jnp.float32(0), state.buffers)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (shapes[0], shapes[2]))
+    start = (*zeros, jnp.float32(0), state.buffers)
     sums, _ = jax.lax.scan(add, start, (micros, jnp.arange(n)))
     grads, metrics, weights, buffers = sums
     share = 1 / jnp.where(weights > 0, weights, 1)
     grads, metrics = jax.tree.map(lambda x: x * share, (grads, metrics))
+    grads = jax.tree.map(lambda x, shape: x.astype(shape.dtype), grads, shapes[0])
     return metrics.pop("loss"), grads, buffers, metrics
 
 

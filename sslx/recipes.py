@@ -107,8 +107,9 @@ class Recipe:
             run.mkdir(parents=True, exist_ok=True)
             for name, path in copies.items():
                 write_whole(run / name, path.read_text())
+            copy = Recipe(run / "recipe.py", self.overrides)
+            write_whole(run / "config.txt", printed(copy.load()))  # as it will when resumed
             write_whole(run / "overrides.json", json.dumps(self.overrides, indent=1) + "\n")
-            write_whole(run / "config.txt", printed(self.load()))
         except OSError as error:
             raise ConfigError(
                 f"Cannot write to {run} ({error}): choose another --workdir."

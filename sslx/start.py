@@ -1,6 +1,7 @@
 """Params of step 0 from another run or checkpoint."""
 
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from sslx.ops.trees import path_of
 from sslx.types import Array, Buffers, Params
 
 log = logging.getLogger("sslx")
+
+ALL = (("params", "params"), ("buffers", "buffers"))
 
 Resize = Callable[[Array, Array], Array]  # (their table, our fresh one) -> a table of our shape
 
@@ -36,32 +39,37 @@ class Start:
     What is not taken, on either side, is said. Where a run is resumed, nothing is read.
     """
 
-    source: str
+    source: str | os.PathLike
     step: int | None = None
-    names: tuple[tuple[str, str], ...] = (("params", "params"), ("buffers", "buffers"))
+    names: tuple[tuple[str, str], ...] = ALL
     resize: tuple[tuple[str, Resize], ...] = ((r"(.*/)?position/table", extended),)
+
+    def __post_init__(self):
+        object.__setattr__(self, "source", os.fspath(self.source))
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.names):
+            raise ValueError(f"names={self.names}: a tuple of pairs (theirs, ours).")
 
     def __call__(self, params: Params, buffers: Buffers) -> tuple[Params, Buffers]:
         """`params` and `buffers` with what the source holds in place of their own values.
 
-        Every array keeps its sharding. Raises ValueError where nothing fits, or where a shape
-        differs and no rule says what to do.
+        Every array keeps its sharding. Raises ValueError where a pair of names, or the whole
+        source, has nothing for this run, or where a shape differs and no rule says what to do.
         """
         state = {"params": params, "buffers": buffers}
         theirs = self.read()
         ours = {path_of(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(state)}
-        pairs = {
-            our + path[len(their) :]: path
-            for their, our in self.names
-            for path in theirs
-            if path == their or path.startswith(f"{their}/")
-        }
-        pairs = {our: their for our, their in pairs.items() if our in ours}
-        if not pairs:
-            raise ValueError(
-                f"{self.source} has nothing for this run: it holds {branches(theirs)}, and the run "
-                f"{branches(ours)}; say which branch is which, names=((theirs, ours), ...)."
-            )
+        pairs = {}
+        for their, our in self.names:
+            paths = [path for path in theirs if path == their or path.startswith(f"{their}/")]
+            found = {our + path[len(their) :]: path for path in paths}
+            found = {our: path for our, path in found.items() if our in ours}
+            if not found and (self.names != ALL or their == "params"):
+                raise ValueError(
+                    f"{self.source} has nothing of {their} for {our} of this run: it holds "
+                    f"{branches(theirs)}, and the run {branches(ours)}; say which branch is which, "
+                    f"names=((theirs, ours), ...)."
+                )
+            pairs |= found
         arrays = {our: self.fitted(our, theirs[their], ours[our]) for our, their in pairs.items()}
         self.report(ours.keys() - pairs.keys(), theirs.keys() - set(pairs.values()))
         state = jax.tree_util.tree_map_with_path(lambda k, x: arrays.get(path_of(k), x), state)
@@ -70,6 +78,8 @@ class Start:
     def read(self) -> dict[str, np.ndarray]:
         """Every array of the source by its path, such as "params/encoder/class"."""
         source = Path(self.source).expanduser()
+        if not source.is_dir():
+            raise ValueError(f"There is no directory {source} to start from.")
         if (source / "checkpoints").is_dir():
             tree = checkpoint.load(source / "checkpoints", self.step)
             state = {name: tree.get(name, {}) for name in ("params", "buffers")}
@@ -88,6 +98,12 @@ class Start:
                 f"{path} is {list(theirs.shape)} in {self.source} and {list(ours.shape)} in this "
                 f"run: build the model of that size, leave the branch out of names, or give a "
                 f"rule, resize=((pattern, rule), ...)."
+            )
+        shape = jax.eval_shape(rules[0], theirs, ours).shape
+        if shape != ours.shape:
+            raise ValueError(
+                f"resize makes {path} {list(shape)} of {list(theirs.shape)} in {self.source}, but "
+                f"this run has {list(ours.shape)}: give another rule."
             )
         log.info("%s: %s is resized from %s to %s", self.source, path, theirs.shape, ours.shape)
         whole = jax.sharding.NamedSharding(ours.sharding.mesh, jax.sharding.PartitionSpec())

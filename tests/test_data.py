@@ -262,6 +262,11 @@ def test_arrays_are_values():
     assert source == arrays(spectrum=x.copy()) and hash(source) == hash(arrays(spectrum=x))
     assert source != arrays(spectrum=x + 1) and "float32[3, 2]" in repr(source)
     assert pickle.loads(pickle.dumps(source)) == source
+    odd = arrays(
+        a=np.arange(3, dtype=">f4"), b=np.arange(3, dtype=np.longdouble), c=np.ones(3, bool)
+    )
+    assert [str(dtype) for _, dtype in odd.shapes.values()] == ["float32", "float32", "bool"]
+    assert odd.table["a"].tolist() == [0, 1, 2] and odd.table["a"].dtype.isnative
     for columns, words in (
         ({}, "at least one array"),
         ({"label": [1]}, "at least one array"),
@@ -270,6 +275,11 @@ def test_arrays_are_values():
         ({"a": 3.0}, "numbers with the example"),
         ({"a": x, "label": [0.5, 1, 2]}, "one whole number each"),
         ({"a": np.array([2**40])}, "more than 32 bits"),
+        ({"a": np.array([-(2**40), 0])}, "holds -1099511627776, more than 32 bits"),
+        ({"a": x, "label": np.array([0, 1, 2**31], np.uint32)}, "holds 2147483648, more"),
+        ({"a": np.array([1e300])}, "holds more than float32 does"),
+        ({"a": np.ma.array([1.0, 2.0], mask=[0, 1])}, "masked values: fill them"),
+        ({"a": [[1, 2], [3]]}, "is no array"),
         ({"name": x}, "uses itself"),
     ):
         with pytest.raises(DataError, match=words):

@@ -320,6 +320,40 @@ def test_accumulated_step_is_that_of_the_whole_batch(parts):
 
 
 @dataclass(frozen=True)
+class Weighed(Follow):
+    """The mean over the pictures whose first pixel is above 0, with metrics of all kinds."""
+
+    share: float = 0.0
+
+    def loss(self, params, buffers, batch, key, step):
+        x = batch["image"].reshape(len(batch["image"]), -1)
+        counts = x[:, 0] > 0
+        error = (counts * jnp.square(x @ params["w"]).mean(1)).sum() / counts.sum()  # maybe 0 / 0
+        most = jnp.bfloat16(x.max())
+        metrics = {"weight": counts.sum(), "some": counts.any(), "size": len(x), "most": most}
+        return error, (buffers, metrics)
+
+
+def test_micro_batches_count_by_their_weight():
+    """Those of weight 0 for nothing; and metrics of any dtype are averaged."""
+    row = replace(ROWS["Follow"], objective=Weighed())
+    image = np.abs(row.batch(0)["image"]) + 0.1
+    image[1::2, 0, 0, 0] *= -1  # all of the second micro-batch of 2, and the 2nd and 4th of 4
+    results = []
+    with jax.set_mesh(mesh := mesh_of(1, 1, 1)):
+        for accumulate in (1, 2, 4):
+            config = config_of(row, optimizer=Record(), accumulate=accumulate)
+            state = state_of.fresh_state(config, mesh)
+            step = engine.jitted_step(config, mesh)
+            results.append(step(state, placed({"image": image}, mesh)))
+    (whole, one), *others = results
+    for summed, many in others:
+        assert relative(many["loss"], one["loss"]) < 1e-6
+        assert worst(summed.opt_state, whole.opt_state) < 1e-6
+        assert float(many["some"]) == 1.0 and np.isfinite(float(many["most"]))
+
+
+@dataclass(frozen=True)
 class Noise:
     """A view that is random numbers alone."""
 

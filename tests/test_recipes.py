@@ -75,6 +75,17 @@ def test_an_error_names_the_line_of_the_neighbor_where_it_arose(tmp_path):
         load(recipe)
 
 
+def test_a_recipe_whose_copy_does_not_load_is_refused_at_once(tmp_path):
+    (tmp_path / "width.txt").write_text("8")
+    read = "from pathlib import Path\n\n\ndef base():\n    return int(PATH.read_text())\n"
+    read = read.replace("PATH", 'Path(__file__).with_name("width.txt")')
+    recipe = folder_of(tmp_path, **{"deeper.py": read})
+    assert load(recipe).objective.encoder.width == 16
+    with pytest.raises(ConfigError, match=r"run/deeper\.py:\d: .*width\.txt"):
+        Recipe(recipe).save(tmp_path / "run")
+    assert not (tmp_path / "run" / "overrides.json").exists()
+
+
 def test_a_neighbor_called_recipe_is_refused(tmp_path):
     recipe = folder_of(tmp_path, **{"recipe.py": "x = 1\n"})
     recipe.write_text("import recipe\n" + recipe.read_text().replace("from __future__", "# "))

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 import sslx
 from sslx import state
-from sslx.checkpoint import Checkpoints
+from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.data.image import Image
 from sslx.export import hf
 from sslx.models.vit import ViT
@@ -77,11 +77,13 @@ def test_a_run_starts_from_another_and_resumes_from_itself(trained, tmp_path):
     ours = params_of(config_of(start=start))
     assert all(np.array_equal(ours[path], x) for path, x in taken(trained).items())
     fitted = sslx.fit(config_of(start=start, steps=2), tmp_path / "run")
+    text = (tmp_path / "run" / "config.txt").read_text()  # the same in every process
+    assert "start.resize = (('(.*/)?position/table', extended),)" in text
     (tmp_path / "gone").mkdir()
     absent = Start(str(tmp_path / "gone" / "x"))  # what a resumed run never reads
     again = sslx.fit(config_of(start=absent, steps=4), tmp_path / "run", accept_changes=True)
     assert fitted.config.steps == 2 and again.restore()[2] == 4
-    with pytest.raises(ValueError, match="give the directory of a Hugging Face checkpoint"):
+    with pytest.raises(ValueError, match=r"There is no directory .* to start from"):
         params_of(config_of(start=absent))
 
 
@@ -146,8 +148,11 @@ def test_what_does_not_fit_is_refused(trained, tmp_path):
     wide = MAE(ViT(32, 2, 2, patch=2), Decoder(16, 1, 2))
     with pytest.raises(ValueError, match=r"params/\S+ is \[.*\] in .* and \[.*32.*\] in this run"):
         params_of(config_of(objective=wide, start=str(tmp_path)))
-    with pytest.raises(ValueError, match="has nothing for this run: it holds params/decoder"):
-        params_of(config_of(start=Start(str(tmp_path), names=(("params/x", "params/y"),))))
+    with pytest.raises(ValueError, match=r"has nothing of params/x for params/y of.* holds params"):
+        names = (("params", "params"), ("params/x", "params/y"))
+        params_of(config_of(start=Start(str(tmp_path), names=names)))
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7, only of \[3\]"):
+        params_of(config_of(start=Start(trained.path, step=7)))
 
 
 class Given(Start):
@@ -173,6 +178,10 @@ def test_the_first_rule_that_matches_resizes():
     rules = (("params/b", double), ("params/a", double), (".*", extended))
     params, _ = Given("x", resize=rules)(zeros, {})
     np.testing.assert_array_equal(params["a"], np.full(4, 2.0))
+    with pytest.raises(
+        ValueError, match=r"resize makes params/a \[3\] of \[3\] in x, but .* \[4\]"
+    ):
+        Given("x", resize=((".*", lambda theirs, ours: theirs),))(zeros, {})
 
 
 # ---- tables of positions ----

@@ -25,7 +25,8 @@ class Objective(abc.ABC):
     ) -> tuple[Array, tuple[Buffers, Metrics]]:
         """The scalar to minimize on one global batch, with moved buffers and metrics.
 
-        `key` is another one at each step. Metrics are scalars; the step has its own `loss`,
+        `key` is another one at each step. Buffers of whole numbers are counts, which add up over
+        the micro-batches of a step. Metrics are scalars; the step has its own `loss`,
         `grad_norm`, `param_norm`, `learning_rate` and `skipped`.
         """
 

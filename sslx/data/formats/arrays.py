@@ -10,7 +10,7 @@ import numpy as np
 from sslx.data.source import DataError, Shapes, Source
 
 RESERVED = ("name", "valid", "dropped")  # what the pipeline adds to a record or batch
-NARROWED = {"f8": np.float32, "i8": np.int32, "u8": np.uint32}  # what accelerators compute in
+NARROW = {"f": np.float32, "i": np.int32, "u": np.uint32}  # what accelerators compute in
 
 
 class Column:
@@ -68,8 +68,9 @@ def arrays(**columns: Any) -> Source:
     """A source of in-memory arrays by the names of their leaves: arrays(image=X, label=y).
 
     Axis 0 of every array is the example; `label`, whole numbers, is for probes alone. 64-bit
-    numbers become 32-bit ones, as on the device. Raises DataError for no arrays, for other lengths,
-    and for what holds no numbers.
+    numbers become 32-bit ones, as on the device. Arrays are not copied: do not change them after
+    this. Raises DataError for no arrays, for other lengths, and for what holds no numbers or such
+    as 32 bits do not hold.
     """
     if not set(columns) - {"label"}:
         raise DataError("arrays() needs at least one array to train on, as in arrays(image=X)")
@@ -77,23 +78,37 @@ def arrays(**columns: Any) -> Source:
         raise DataError(
             f"arrays(): {', '.join(sorted(bad))} is a name that the pipeline uses itself"
         )
-    made = {name: numeric(name, np.asarray(array)) for name, array in columns.items()}
+    made = {name: numeric(name, array) for name, array in columns.items()}
     lengths = {name: len(array) for name, array in made.items()}
     if len(set(lengths.values())) > 1:
         raise DataError(f"arrays() of different lengths: {lengths}; axis 0 is the example")
     return Arrays(tuple((name, Column(array)) for name, array in made.items()))
 
 
-def numeric(name: str, array: np.ndarray) -> np.ndarray:
-    """The array, 32 bits wide at most; raises DataError where it is no batch of numbers."""
-    if array.ndim < 1 or array.dtype.kind not in "biuf":
+def numeric(name: str, given: Any) -> np.ndarray:
+    """An array 32 bits wide at most; raises DataError where it is no batch of numbers."""
+    if isinstance(given, np.ma.MaskedArray):
+        raise DataError(f"arrays({name}=...) has masked values: fill them, array.filled(0)")
+    try:
+        array = np.asarray(given)
+    except ValueError as error:
+        raise DataError(f"arrays({name}=...) is no array: {error}") from error
+    kind = array.dtype.kind
+    if array.ndim < 1 or kind not in "biuf":
         raise DataError(
             f"arrays({name}=...) is {array.dtype} {list(array.shape)}: numbers with the example as "
             "axis 0 are needed"
         )
-    if name == "label" and (array.ndim != 1 or array.dtype.kind not in "iu"):
+    if name == "label" and (array.ndim != 1 or kind not in "iu"):
         raise DataError(f"label is {array.dtype} {list(array.shape)}: one whole number each")
-    narrow = NARROWED.get(array.dtype.str[1:], array.dtype)
-    if array.dtype.kind in "iu" and array.size and array.max() > np.iinfo(narrow).max:
-        raise DataError(f"arrays({name}=...) holds {array.max()}, which needs more than 32 bits")
-    return array.astype(narrow, copy=False)
+    dtype = NARROW[kind] if array.dtype.itemsize > 4 else array.dtype.newbyteorder("=")
+    if kind in "iu" and array.size:
+        limits = np.iinfo(np.int32 if name == "label" else dtype)
+        for value in (array.min(), array.max()):
+            if not limits.min <= value <= limits.max:
+                raise DataError(f"arrays({name}=...) holds {value}, more than 32 bits hold")
+    try:
+        with np.errstate(over="raise"):
+            return array.astype(dtype, copy=False)
+    except FloatingPointError as error:
+        raise DataError(f"arrays({name}=...) holds more than float32 does: {error}") from error
