@@ -77,13 +77,6 @@ class MultiCrop:
         return {**self.whole(jax.random.fold_in(key, 0), batch), "local": local}
 
 
-def statistics(view: View) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """The (mean, std) that a view normalizes pictures by, None where it does not."""
-    links = view.links if isinstance(view, Chain) else (view,)
-    pairs = [(link.mean, link.std) for link in links if isinstance(link, Normalize)]
-    return pairs[0] if pairs else None
-
-
 # ---- where to look ----
 
 

@@ -40,7 +40,7 @@ from sslx.objectives.base import Objective
 from sslx.objectives.mae import MAE, Decoder
 from sslx.ops.positions import sincos_2d
 from sslx.types import Params
-from sslx.views import statistics
+from sslx.views import Chain, Normalize, View
 
 MODULE = ViT
 MODEL_TYPES = ("vit_mae", "vit")
@@ -185,6 +185,13 @@ def prepared(sides: Sequence[int], about: About, channels: int) -> dict[str, Jso
         "image_std": list(std),
     }
     return {"preprocessor_config.json": config}
+
+
+def statistics(view: View) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The (mean, std) that a view normalizes pictures by, None where it does not."""
+    links = view.links if isinstance(view, Chain) else (view,)
+    pairs = [(link.mean, link.std) for link in links if isinstance(link, Normalize)]
+    return pairs[0] if pairs else None
 
 
 def vit_config(encoder: ViT, image_size: int, channels: int) -> Json:
