@@ -5,6 +5,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -222,6 +223,9 @@ def parts_of(value: Any, law: bool = False) -> Iterator[tuple[str, Any]]:
 def _text(value: Any) -> str:
     if _is_dtype(value):
         return jnp.dtype(value).name
+    if isinstance(value, functools.partial):
+        given = [f"{name}={_text(x)}" for name, x in value.keywords.items()]
+        return f"partial({', '.join([_text(value.func), *map(_text, value.args), *given])})"
     if isinstance(value, tuple):
         return f"({', '.join(map(_text, value))}{',' * (len(value) == 1)})"
     return getattr(value, "__qualname__", None) or repr(value)

@@ -4,6 +4,7 @@
 """
 
 import difflib
+import functools
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -203,6 +204,13 @@ def test_override_that_cannot_be(path, text, message):
     with pytest.raises(ConfigError) as error:
         override(BOX, path, text)
     assert message in str(error.value)
+
+
+def test_functions_print_the_same_in_every_process():
+    box = {"pair": (len, 1.0), "whole": functools.partial(sorted, (), key=len)}
+    printed_lines = list(lines(box))
+    assert "pair = (len, 1.0)" in printed_lines
+    assert "whole = partial(sorted, (), key=len)" in printed_lines
 
 
 def test_a_mapping_can_be_emptied():
