@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import commands
 import numpy as np
 import pytest
 from commands import REPO
@@ -54,20 +55,18 @@ config = sslx.Config(Autoencode(), data, sslx.AdamW(sslx.Constant(1e-2)), steps=
 '''  # noqa: E501
 
 
-def test_the_readme_goes_from_an_array_to_features(tmp_path, monkeypatch, capsys):
-    """Its code, literally, and the lines for debugging on the run that it leaves."""
+def test_the_readme_goes_from_an_array_to_features(tmp_path, monkeypatch):
+    """Its code, but for fewer steps; and the lines for debugging, on the run that it leaves."""
     monkeypatch.chdir(tmp_path)
     code = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
     first, debugging = code
     assert len(first.split("\n\n")) == 2 and len(first.replace("\n\n", "\n").splitlines()) == 10
-    names = {"__name__": "readme"}
-    exec(first.replace("steps=500", "steps=20"), names)
-    out = capsys.readouterr().out
-    assert "(1797, 64)" in out
-    exec(debugging, {"__name__": "debugging"})
-    reopened = sslx.Run.open("runs/array")
-    assert reopened.metrics()["step"].max() == 20 and reopened.config == names["config"]
-    np.testing.assert_array_equal(reopened.features(names["x"]).x, names["features"])
+    said = commands.run(code=first.replace("steps=500", "steps=20"))
+    run = sslx.Run.open("runs/array")
+    assert run.metrics()["step"].max() == 20 and run.config.steps == 20
+    assert f"(1797, 64) {run.metrics()['loss']}" in said
+    loss = float(re.search(r"\(Array\((.*?),", commands.run(code=debugging))[1])
+    assert 0 < loss < 2 * run.metrics()["loss"][-1]
     assert main(["export", "runs/array", "out"]) == 0 and (tmp_path / "out/config.json").exists()
 
 
