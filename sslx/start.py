@@ -90,6 +90,9 @@ class Start:
 
     def fitted(self, path: str, theirs: np.ndarray, ours: Array) -> Array:
         """Their array with the shape, dtype and sharding of ours."""
+        if jax.dtypes.issubdtype(ours.dtype, jax.dtypes.prng_key):  # stored as plain numbers
+            numbers = self.fitted(path, theirs, jax.random.key_data(ours))
+            return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(ours))
         if theirs.shape == ours.shape:
             return placed(theirs.astype(ours.dtype), ours.sharding)
         rules = [rule for pattern, rule in self.resize if re.fullmatch(pattern, path)]

@@ -171,6 +171,19 @@ def test_a_branch_is_no_prefix_of_a_name():
     assert params["a"].all() and not params["ab"]["c"].any()
 
 
+class GivenKey(Start):
+    """A source with a random key, as checkpoints store it."""
+
+    def read(self):
+        return {"params/a": np.array([5, 7], np.uint32)}
+
+
+def test_a_key_is_taken_too():
+    params, _ = GivenKey("x")({"a": jax.random.key(3)}, {})
+    assert params["a"].dtype == jax.random.key(3).dtype
+    assert jax.random.key_data(params["a"]).tolist() == [5, 7]
+
+
 def test_the_first_rule_that_matches_resizes():
     here = jax.sharding.NamedSharding(sslx.Mesh().build(), jax.sharding.PartitionSpec())
     zeros = jax.device_put({"a": np.zeros(4, np.float32)}, here)
