@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exports import about
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
@@ -22,7 +23,6 @@ from sslx.models.vit import ViT, vit
 from sslx.objectives.base import Objective
 from sslx.objectives.mae import MAE, Decoder
 from sslx.views import IMAGENET
-from tests.exports import about
 
 SIDE = 24
 TINY = MAE(ViT(32, 3, 4, 8), Decoder(16, 2, 2, mlp_ratio=3.0), ratio=0.6)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from exports import about
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from PIL import Image
@@ -23,7 +24,6 @@ from sslx.ops.masks import kept, shuffle
 from sslx.ops.positions import sincos_2d
 from sslx.optim import AdamW
 from sslx.schedules import Constant, Cosine, Warmup
-from tests.exports import about
 
 REASON = "NOT CHECKED: parity of MAE's loss and gradients with torch (pip install sslx[hf])"
 
