@@ -159,7 +159,7 @@ def eval_(arguments) -> None:
 
 
 def export(arguments) -> None:
-    start_jax()
+    on_cpu()
     from sslx.run import Run
 
     run = Run.open(arguments.workdir)
@@ -170,7 +170,7 @@ def export(arguments) -> None:
 
 
 def import_(arguments) -> None:
-    start_jax()
+    on_cpu()
     from sslx.importing import import_checkpoint
 
     run, overrides = arguments.workdir, tuple(arguments.overrides)
@@ -233,6 +233,10 @@ def tokenize(arguments) -> None:
 def show(arguments) -> None:
     from rich.console import Console
 
+    from sslx.cluster import several
+
+    if several():
+        on_cpu()
     from sslx.config import printed
     from sslx.run import summary
 
@@ -284,15 +288,19 @@ def start_jax() -> None:
     """Join the other processes, if the environment says that there are some; keep compilations."""
     import jax
 
-    env = os.environ
-    if "JAX_COORDINATOR_ADDRESS" in env and "JAX_NUM_PROCESSES" in env:
-        count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
-        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
-    elif int(env.get("SLURM_NTASKS", 1)) > 1 or any(map(os.path.exists, ("/dev/accel0",))):
-        jax.distributed.initialize()
+    from sslx.cluster import join
+
+    join()
     if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
-        cache = Path(env.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sslx"
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sslx"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def on_cpu() -> None:
+    """Compute here, on the CPU: no accelerator is taken, and no other host is waited for."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.config import Config
 from sslx.log import Log
 from sslx.ops.trees import norm
-from sslx.sharding import batch_sharding
+from sslx.sharding import batch_sharding, placed, rows_here
 from sslx.signals import Interrupted, Signals
 from sslx.state import TrainState, abstract_batch, abstract_state, check, layers_of
 from sslx.types import Array, Batch, Buffers, Metrics, Params
 from sslx.watch import FINITE, Scores, Watch
 
-OWN_METRICS = ("loss", "grad_norm", "param_norm", "learning_rate", "skipped")
+OWN_METRICS = ("loss", "grad_norm", "param_norm", "learning_rate", "skipped", "dropped")
 
 # What a step's key is folded with, one stream of random numbers for each use: the views of
 # micro-batch i with VIEWS + 2 * i, all losses with LOSS, and then with i.
@@ -34,7 +34,9 @@ VIEWS, LOSS = 0, 1
 
 
 def train_step(state: TrainState, batch: Batch, *, config: Config) -> tuple[TrainState, Metrics]:
-    """One optimizer step on one global batch."""
+    """One optimizer step on one global batch, as a pipeline makes it."""
+    batch = dict(batch)
+    dropped = state.dropped + jnp.sum(batch.pop("dropped", state.dropped[None] * 0), 0)
     loss, grads, buffers, metrics = accumulated(state, batch, config=config)
     layers = layers_of(config, batch)  # where a scan stacks them, for layer-wise optimizers
     updates, opt_state = config.optimizer.update(
@@ -42,13 +44,13 @@ def train_step(state: TrainState, batch: Batch, *, config: Config) -> tuple[Trai
     )
     params = optax.apply_updates(state.params, updates)
     params, buffers = config.objective.update(params, buffers, state.step)
-    moved = TrainState(state.step + 1, state.key, params, buffers, opt_state)
+    moved = TrainState(state.step + 1, state.key, params, buffers, opt_state, dropped)
     rate = config.optimizer.learning_rate(state.step)
     norms = {"grad_norm": norm(grads), "param_norm": norm(params)}
-    metrics = {"loss": loss, **norms, "learning_rate": rate, **metrics}
+    metrics = {"loss": loss, **norms, "learning_rate": rate, "dropped": dropped, **metrics}
     if config.nonfinite == "skip":
         good = jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])).all()
-        unmoved = state.replace(step=moved.step)
+        unmoved = state.replace(step=moved.step, dropped=dropped)
         moved = jax.tree.map(functools.partial(jnp.where, good), moved, unmoved)
         metrics["skipped"] = 1 - good.astype(jnp.int32)
     return moved, metrics
@@ -131,9 +133,9 @@ def jitted_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
 @contextlib.contextmanager
 def feed(config: Config, mesh: jax.sharding.Mesh, start: int, depth: int = 2):
     """Global batches on the devices from step `start` on, `depth` of them ahead of their use."""
-    host, hosts = jax.process_index(), jax.process_count()
-    batches = config.data.batches(config.seed, config.batch_size, start, host, hosts)
-    place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    sharding, expected = batch_sharding(mesh), fed_batch(config, mesh)
+    rows = rows_here(config.batch_size, sharding)
+    batches = config.data.batches(config.seed, config.batch_size, start, rows)
     ready: queue.Queue = queue.Queue(depth)
     closed = threading.Event()
 
@@ -145,7 +147,8 @@ def feed(config: Config, mesh: jax.sharding.Mesh, start: int, depth: int = 2):
     def work() -> None:
         try:
             while not closed.is_set():
-                batch = jax.tree.map(place, next(batches))
+                batch = placed(next(batches), rows, config.batch_size, sharding)
+                check_fed(batch, expected)
                 send(lambda batch=batch: batch)
         except BaseException as error:  # raised where the batch is asked for
             send(functools.partial(_raise, error))
@@ -162,6 +165,25 @@ def feed(config: Config, mesh: jax.sharding.Mesh, start: int, depth: int = 2):
         closed.set()
         thread.join()
         batches.close()
+
+
+def fed_batch(config: Config, mesh: jax.sharding.Mesh) -> dict:
+    """Shapes and shardings of what enters the step: the batch, and what was dropped for it."""
+    dropped = (config.batch_size, config.data.sources)
+    return {
+        **abstract_batch(config, mesh),
+        "dropped": jax.ShapeDtypeStruct(dropped, jnp.float32, sharding=batch_sharding(mesh)),
+    }
+
+
+def check_fed(batch: dict, expected: dict) -> None:
+    """Raise ValueError for a batch that is not as the decoder declares: the step was compiled for
+    that, and would be compiled again."""
+    shapes = [{k: f"{x.dtype}{list(x.shape)}" for k, x in of.items()} for of in (batch, expected)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"A batch is {shapes[0]}, but the pipeline's decoder declares {shapes[1]}."
+        )
 
 
 def _raise(error: BaseException):
@@ -186,7 +208,7 @@ def train(config: Config, run: Path) -> TrainState:
             start, state = checkpoints.restore(abstract_state(config, mesh)) or (0, None)
             step_fn = jitted_step(config, mesh)
             if start < config.steps:  # what is wrong with an objective shows before evaluations
-                step_fn.trace(abstract_state(config, mesh), abstract_batch(config, mesh))
+                step_fn.trace(abstract_state(config, mesh), fed_batch(config, mesh))
             log = Log(run, config.steps, start)
             try:
                 scores = Scores(config, mesh, run, log)

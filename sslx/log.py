@@ -123,7 +123,7 @@ class Log:
         numbers = {k: float(v) for k, v in values.items() if not isinstance(v, np.ndarray)}
         row = {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
         with self.forgiving(step, "metrics"):
-            _append(self.run / "metrics.jsonl", json.dumps({"step": step, **row}) + "\n")
+            append(self.run / "metrics.jsonl", json.dumps({"step": step, **row}) + "\n")
             for name in values.keys() - numbers.keys():
                 write_picture(self.run, f"{name}-{step:06d}", values[name])
             self.board = self.board or Board(self.run, step)
@@ -208,7 +208,7 @@ class Board:
         self.file.write(event.SerializeToString())
 
 
-def _append(path: Path, row: str) -> None:
+def append(path: Path, row: str) -> None:
     """Append a whole line or nothing."""
     with path.open("ab", buffering=0) as file:
         size, data = file.tell(), row.encode()

@@ -3,8 +3,8 @@
 The command line and a notebook call the same functions.
 """
 
-import contextlib
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -33,7 +33,7 @@ from sslx.config import (
 from sslx.data.formats.arrays import arrays
 from sslx.data.pipeline import Pipeline
 from sslx.data.source import Source
-from sslx.evals.features import Features, Pool, dealt, extract
+from sslx.evals.features import Features, Pool, extract
 from sslx.evals.probes import Probes
 from sslx.export import hf, timm
 from sslx.export.card import About
@@ -192,20 +192,15 @@ class Run:
         network, sharding = self.encoder(encoder, step), batch_sharding(mesh)
         pipeline = pipeline_of(config, data, network.signature.leaves[0])
         pipeline = dataclasses.replace(pipeline, labels=pipeline.labelled)
-        batch_size, host, hosts = dealt(batch_size, sharding)
-        total = -(-len(pipeline) // batch_size)
-        steps = iter(range(1, total + 1))
-        with (
-            jax.set_mesh(mesh),
-            contextlib.closing(pipeline.epoch(batch_size, host, hosts)) as batches,
-        ):
+        with jax.set_mesh(mesh):
             return extract(
                 network,
                 config.views.eval,
-                batches,
+                pipeline,
+                batch_size,
                 pool,
                 sharding,
-                advanced=lambda: progress("features", next(steps), total),
+                progress=functools.partial(progress, "features"),
             )
 
     def evaluate(

@@ -1,7 +1,8 @@
 """The mesh of devices, and how arrays are sharded over it by their logical axes."""
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -43,21 +44,31 @@ class Mesh:
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
         """The jax mesh over `devices` (all of them by default), axes (replica, fsdp, tensor).
 
-        Raises ValueError when the axes do not multiply to the number of devices.
+        Slices are TPU's: there replicas join them. A GPU's slice_index is its host, and hosts are
+        joined by whatever axis comes out, tensor within them. Raises ValueError when the axes do
+        not multiply to the number of devices, or slices cannot be joined so.
         """
         devices = list(jax.devices() if devices is None else devices)
         shape = self._shape(len(devices))
-        slices = len({getattr(d, "slice_index", 0) for d in devices})
-        if slices == 1:
-            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        elif shape[0] % slices == 0:
-            per_slice = (shape[0] // slices, *shape[1:])
-            grid = mesh_utils.create_hybrid_device_mesh(per_slice, (slices, 1, 1), devices)
-        else:
+        slices = len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
+        if shape[0] % slices:
             raise ValueError(
                 f"{slices} slices are joined by replica={shape[0]}, which they do not divide: "
                 f"use mesh.replica={slices}, so that only gradients cross between slices."
             )
+        per_slice = (shape[0] // slices, *shape[1:])
+        try:
+            if slices == 1:
+                grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            else:
+                grid = mesh_utils.create_hybrid_device_mesh(
+                    per_slice, (slices, 1, 1), devices, allow_split_physical_axes=True
+                )
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self} does not lie on {slices} slices of {len(devices) // slices} "
+                f"{devices[0].device_kind} ({error}): use powers of two, or tensor=1."
+            ) from error
         return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
     def _shape(self, devices: int) -> tuple[int, int, int]:
@@ -125,6 +136,37 @@ def _by_size(shape: Sequence[int], mesh) -> P:
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Axis 0, the example, over replicas and fsdp."""
     return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def rows_here(batch_size: int, sharding: NamedSharding) -> tuple[int, ...]:
+    """The rows of a global batch that this process's devices hold, ascending.
+
+    Which they are is for the order of devices in the mesh to say: they need not follow one another,
+    and where the tensor axis crosses hosts, several processes hold the same.
+    """
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return tuple(sorted({row for [rows] in held for row in range(batch_size)[rows]}))
+
+
+def placed(batch: Mapping[str, np.ndarray], rows: Sequence[int], batch_size: int, sharding) -> dict:
+    """Global arrays of a batch of which this process holds `rows`, on the devices.
+
+    Raises ValueError for an array that has not a row for each of them.
+    """
+
+    def place(name: str, local: np.ndarray) -> Array:
+        if len(local) != len(rows):
+            raise ValueError(f"{name} has {len(local)} rows, but this process feeds {len(rows)}.")
+
+        def cut(index):  # a device's rows follow one another
+            first = bisect_left(rows, index[0].indices(batch_size)[0])
+            held = range(batch_size)[index[0]]
+            return local[first : first + len(held)]
+
+        shape = (batch_size, *local.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, cut)
+
+    return {name: place(name, local) for name, local in batch.items()}
 
 
 def ways(mesh: jax.sharding.Mesh) -> int:

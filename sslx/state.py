@@ -25,6 +25,7 @@ class TrainState:
     params: Params
     buffers: Buffers
     opt_state: Tree
+    dropped: Tree  # float32 [sources]: examples, so far, whose record was corrupt
 
 
 def init_state(key: Array, batch: Batch, *, config: Config) -> TrainState:
@@ -32,7 +33,8 @@ def init_state(key: Array, batch: Batch, *, config: Config) -> TrainState:
     batch = config.views.train(key, batch)
     params, buffers = config.objective.init(jax.random.fold_in(key, 0), batch)
     opt_state = config.optimizer.init(params)
-    return TrainState(jnp.int32(0), jax.random.fold_in(key, 1), params, buffers, opt_state)
+    dropped = jnp.zeros(config.data.sources)
+    return TrainState(jnp.int32(0), jax.random.fold_in(key, 1), params, buffers, opt_state, dropped)
 
 
 def layers_of(config: Config, batch: Batch) -> Tree:
@@ -78,7 +80,7 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Tree:
-    """Shapes and shardings of the global batch that the host sends."""
+    """Shapes and shardings of the global batch that views and objective read."""
     check_batch(config.batch_size, mesh, config.accumulate)
     shapes = config.data.shapes(config.batch_size)
     struct = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))

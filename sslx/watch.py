@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 
 from sslx.checkpoint import Checkpoints
 from sslx.config import Config, Numbers, Progress, Trained, unheard
-from sslx.log import Clock, Log, write_whole
+from sslx.log import Clock, Log, append, write_whole
 from sslx.sharding import batch_sharding
 from sslx.state import TrainState, first_state, fresh_state
 from sslx.types import Metrics
@@ -32,10 +32,13 @@ class Watch:
     def __init__(self, config: Config, log: Log, checkpoints: Checkpoints):
         self.config, self.log, self.checkpoints = config, log, checkpoints
         self.clock, self.since, self.skipped, self.flat = Clock(), 0, 0, 0
+        self.named = 0
 
     def see(self, step: int, metrics: Metrics, dropped: dict[str, str]) -> None:
         """One step's metrics, fetched here, while the next step is already under way."""
-        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        values = jax.device_get(metrics)
+        count = self.drops(step, values.pop("dropped"), dropped)
+        values = {name: float(x) for name, x in values.items()}
         self.skipped += int(values.pop("skipped", 0))
         finite = all(np.isfinite(values[name]) for name in FINITE)
         if not finite and self.config.nonfinite == "stop":
@@ -46,12 +49,25 @@ class Watch:
             return self.log.progress(step)
         rate, waited = self.clock.read(self.since)
         self.since, speed = 0, rate * self.config.batch_size
-        counts = {"skipped": self.skipped, "data/dropped": len(dropped)}
+        counts = {"skipped": self.skipped, "data/dropped": count}
         counts = {name: n for name, n in counts.items() if n}
         self.log.write(step, {**values, "examples_per_s": speed, "data/waited": waited, **counts})
         parts = [f"loss {values['loss']:.4f}", f"{speed:,.0f} examples/s", f"waited {waited:.0%}"]
         parts += [f"{name} {n}" for name, n in counts.items()]
         self.log.progress(step, "  ".join(parts), line=True)
+
+    def drops(self, step: int, counts: np.ndarray, names: dict[str, str]) -> int:
+        """How many examples so far gave way for corrupt records, in all processes together, which
+        therefore stop at one step if these are too many. What this process met is added to
+        dropped/PROCESS.jsonl."""
+        if new := list(names.items())[self.named :]:
+            path = self.log.run / "dropped" / f"{jax.process_index()}.jsonl"
+            with self.log.forgiving(step, "names of dropped records"):
+                path.parent.mkdir(exist_ok=True)
+                append(path, "".join(json.dumps({"name": n, "reason": r}) + "\n" for n, r in new))
+            self.named += len(new)
+        self.config.data.check_dropped(counts, step * self.config.batch_size, names)
+        return int(counts.sum())
 
     def diagnosis(self, step: int, values: dict[str, float]) -> str:
         values_text = ", ".join(f"{name} {values[name]:.4g}" for name in FINITE)

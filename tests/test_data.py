@@ -71,6 +71,11 @@ def same(one, other):
             assert a[name].dtype == b[name].dtype and np.array_equal(a[name], b[name]), name
 
 
+def shares(batch_size, hosts):
+    """The rows of each of several hosts, one after another."""
+    return np.arange(batch_size).reshape(hosts, -1).tolist()
+
+
 # The law
 
 
@@ -82,10 +87,8 @@ def test_law_holds_for_hosts_workers_and_starts(small):
     for batch in whole:  # labels belong to their pictures
         assert np.array_equal(batch["image"][:, 0, 0, 0], batch["label"])
     for hosts, start in ((1, 4), (2, 0), (2, 5), (4, 3), (8, 0)):
-        parts = [
-            take(pipeline.batches(3, 8, start=start, host=host, hosts=hosts), 9 - start)
-            for host in range(hosts)
-        ]
+        parts = [take(pipeline.batches(3, 8, start, rows), 9 - start) for rows in shares(8, hosts)]
+        assert not any(part[s]["dropped"].any() for part in parts for s in range(9 - start))
         joined = [
             {name: np.concatenate([part[s][name] for part in parts]) for name in whole[0]}
             for s in range(9 - start)
@@ -99,8 +102,8 @@ def test_law_holds_for_worker_processes(small):
     processes = Pipeline(mixture, Image(8), workers=2)
     assert threads == processes and hash(threads) == hash(processes)
     same(
-        take(processes.batches(1, 6, start=7, host=1, hosts=2), 7),
-        take(threads.batches(1, 6, start=7, host=1, hosts=2), 7),
+        take(processes.batches(1, 6, start=7, rows=(1, 2, 5)), 7),
+        take(threads.batches(1, 6, start=7, rows=(1, 2, 5)), 7),
     )
 
 
@@ -138,16 +141,16 @@ def test_mixture_has_its_proportions(small, tmp_path):
         assert set(Counter(part.tolist()).values()) == {2}
 
 
-@pytest.mark.parametrize("batch_size, host, hosts", [(10, 0, 4), (8, 2, 2), (0, 0, 1)])
-def test_hosts_that_do_not_fit_are_refused(small, batch_size, host, hosts):
-    with pytest.raises(DataError, match=r"host|batch"):
-        Pipeline(small, Image(8)).batches(0, batch_size, host=host, hosts=hosts)
+@pytest.mark.parametrize("batch_size, rows", [(8, [8]), (8, [-1]), (8, [1, 1]), (8, []), (0, None)])
+def test_rows_that_are_none_of_the_batch_are_refused(small, batch_size, rows):
+    with pytest.raises(DataError, match=rf"a global batch of {batch_size}"):
+        Pipeline(small, Image(8)).batches(0, batch_size, rows=rows)
 
 
 @pytest.mark.parametrize("batch_size, hosts", [(8, 1), (8, 2), (N, 1), (64, 4)])
 def test_epoch_visits_every_record_once(small, batch_size, hosts):
     pipeline = Pipeline(small, Image(8), workers=0)
-    parts = [list(pipeline.epoch(batch_size, host, hosts)) for host in range(hosts)]
+    parts = [list(pipeline.epoch(batch_size, rows)) for rows in shares(batch_size, hosts)]
     assert {len(part) for part in parts} == {-(-N // batch_size)}
     seen = []
     for step in zip(*parts, strict=True):
@@ -214,10 +217,10 @@ def test_a_decoder_s_random_numbers_are_those_of_seed_step_and_row(small, worker
             key = np.array([3, step * 8 + row], np.uint64)
             rng = np.random.Generator(np.random.Philox(key=key))
             assert noise == np.float32(rng.random())
-    shares = [take(pipeline.batches(3, 8, start=2, host=h, hosts=2), 4) for h in range(2)]
+    parts = [take(pipeline.batches(3, 8, 2, rows), 4) for rows in shares(8, 2)]
     for k, batch in enumerate(whole[2:]):
         for name, x in batch.items():
-            joined = np.concatenate([share[k][name] for share in shares])
+            joined = np.concatenate([part[k][name] for part in parts])
             np.testing.assert_array_equal(joined, x)
 
 

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from sslx import sharding
 from sslx.config import Trained
+from sslx.data.formats.arrays import arrays
+from sslx.data.pipeline import Pipeline
 from sslx.evals import KNN, Features, Health, LinearProbe, Probes, extract, features, health, knn
 from sslx.evals.linear import score
 from sslx.models.encoder import Encoder, Floor, Signature, encoder
@@ -253,35 +255,15 @@ class Scale:
 VIEWS = Views(Scale(2), Scale())
 
 
-@dataclass(frozen=True)
-class Set:
+def images(n, seed=0, labels="all"):
     """n noisy images, red or blue; `labels` none, missing (-1) or all."""
-
-    n: int
-    seed: int = 0
-    labels: str = "all"
-    labelled = True
-
-    def check(self):
-        pass
-
-    def __len__(self):
-        return self.n
-
-    def epoch(self, batch_size, host=0, hosts=1):
-        rng = np.random.default_rng(self.seed)
-        y = rng.integers(2, size=self.n).astype(np.int32)
-        x = rng.integers(128, size=(self.n, 8, 8, 3))
-        x[np.arange(self.n), ..., 2 * y] += 127
-        y = y if self.labels == "all" else np.full_like(y, -1)
-        for i in range(0, self.n, batch_size):
-            at = np.minimum(np.arange(i, i + batch_size), self.n - 1)
-            batch = {
-                "image": x[at].astype(np.uint8),
-                "valid": np.arange(i, i + batch_size) < self.n,
-            }
-            batch = {**batch, "extent": np.full((batch_size, 2), 8, np.int32)}
-            yield batch if self.labels == "none" else {**batch, "label": y[at]}
+    rng = np.random.default_rng(seed)
+    y = rng.integers(2, size=n).astype(np.int32)
+    x = rng.integers(128, size=(n, 8, 8, 3))
+    x[np.arange(n), ..., 2 * y] += 127
+    y = y if labels == "all" else np.full_like(y, -1)
+    leaves = {"image": x.astype(np.uint8), "extent": np.full((n, 2), 8, np.int32)}
+    return Pipeline(arrays(**leaves, **({} if labels == "none" else {"label": y})))
 
 
 def variables(module=None, seed=0):
@@ -297,27 +279,27 @@ PIXELS = Encoder({}, Floor("pixels", thumbnail), Signature(("image",)))
 
 
 def test_extract_is_the_forward_pass_of_valid_rows():
-    module, params, (batch,) = Patches(), variables(), Set(100).epoch(100)
+    module, params, (batch,) = Patches(), variables(), images(100).epoch(100)
     tokens = module.apply(params, batch["image"].astype(np.float32) / 255)
     for pool, expected in (("mean", tokens[:, 1:].mean(1)), ("first", tokens[:, 0])):
-        whole = extract(encoder(module, params), Scale(), Set(100).epoch(100), pool)
-        parts = extract(encoder(module, params), Scale(), Set(100).epoch(7), pool)
+        whole = extract(encoder(module, params), Scale(), images(100), 100, pool)
+        parts = extract(encoder(module, params), Scale(), images(100), 7, pool)
         assert whole.x.dtype == np.float32 and whole.label.dtype == np.int32
         np.testing.assert_allclose(whole.x, expected, atol=1e-6)
         np.testing.assert_allclose(whole.x, parts.x, atol=1e-6)
         np.testing.assert_array_equal(whole.label, batch["label"])
         np.testing.assert_array_equal(parts.label, batch["label"])
-    half = extract(patches(params, dtype=jnp.bfloat16), Scale(), Set(100).epoch(100))
+    half = extract(patches(params, dtype=jnp.bfloat16), Scale(), images(100), 100)
     assert half.x.dtype == np.float32
     np.testing.assert_allclose(half.x, tokens[:, 1:].mean(1), atol=0.02)
 
 
 def test_extract_compiles_once():
-    data = Set(50)
+    data = images(50)
     early, late = variables(Patches(5), 0), variables(Patches(5), 1)
     traces.clear()
-    first = extract(patches(early, width=5), Scale(), data.epoch(16))
-    second = extract(patches(late, width=5), Scale(), data.epoch(16))
+    first = extract(patches(early, width=5), Scale(), data, 16)
+    second = extract(patches(late, width=5), Scale(), data, 16)
     assert traces == [(16, 8, 8, 3)]
     assert np.abs(first.x - second.x).max() > 0.01
 
@@ -326,10 +308,10 @@ def test_extract_compiles_once():
 def test_extract_on_eight_devices_is_that_of_one(tensor):
     mesh = sharding.Mesh(tensor=tensor).build()
     batch = sharding.batch_sharding(mesh)
-    alone = extract(patches(variables()), Scale(), Set(100).epoch(16))
+    alone = extract(patches(variables()), Scale(), images(100), 16)
     with jax.set_mesh(mesh):
         params = jax.device_put(variables(), NamedSharding(mesh, P()))
-        spread = extract(patches(params), Scale(), Set(100).epoch(16), sharding=batch)
+        spread = extract(patches(params), Scale(), images(100), 16, sharding=batch)
         np.testing.assert_allclose(spread.x, alone.x, atol=1e-6)
         np.testing.assert_array_equal(spread.label, alone.label)
         trained = Trained(Probed(), params["params"], {}, VIEWS, batch)
@@ -342,18 +324,16 @@ def test_extract_on_eight_devices_is_that_of_one(tensor):
 
 def test_extract_names_what_is_wrong():
     params = variables()
-    assert set(extract(patches(params), Scale(), Set(9, labels="none").epoch(4)).label) == {-1}
-    unlabelled = extract(patches(params), Scale(), Set(40, labels="missing").epoch(8))
+    assert set(extract(patches(params), Scale(), images(9, labels="none"), 4).label) == {-1}
+    unlabelled = extract(patches(params), Scale(), images(40, labels="missing"), 8)
     for probe in (KNN(), LinearProbe()):
         with pytest.raises(ValueError, match="have no label"):
             list(probe(unlabelled, unlabelled))
     assert dict(Health()(unlabelled, unlabelled))
     with pytest.raises(ValueError, match="use pool='mean'"):
-        extract(PIXELS, Scale(), Set(9).epoch(4), "first")
-    with pytest.raises(ValueError, match="is empty"):
-        extract(PIXELS, Scale(), ())
+        extract(PIXELS, Scale(), images(9), 4, "first")
     with pytest.raises(ValueError, match="not finite in 9 of 9"):
-        extract(patches(jax.tree.map(lambda p: p * np.nan, params)), Scale(), Set(9).epoch(4))
+        extract(patches(jax.tree.map(lambda p: p * np.nan, params)), Scale(), images(9), 4)
     with pytest.raises(ValueError, match="not finite in 1 of 3"):
         Features(np.array([[1.0], [np.inf], [0]], np.float32), np.zeros(3, np.int32))
 
@@ -372,7 +352,10 @@ class Probed(Objective):
 
 
 PROBES = Probes(
-    Set(200, 1), Set(100, 2), (KNN(), LinearProbe((0.03, 0.3), epochs=5), Health()), batch_size=32
+    images(200, 1),
+    images(100, 2),
+    (KNN(), LinearProbe((0.03, 0.3), epochs=5), Health()),
+    batch_size=32,
 )
 
 

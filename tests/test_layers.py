@@ -15,7 +15,7 @@ LAYERS = """
 types vocabulary
 ops
 schedules data sharding
-models optim views checkpoint log signals
+models optim views checkpoint log signals cluster
 objectives groups
 export
 start

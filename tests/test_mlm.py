@@ -4,7 +4,7 @@ import importlib.util
 import json
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +21,8 @@ import sslx
 from sslx import state
 from sslx.cli import main
 from sslx.config import Trained
+from sslx.data.formats.arrays import arrays
+from sslx.data.pipeline import Pipeline
 from sslx.data.text.tokens import Tokens
 from sslx.evals.features import extract
 from sslx.evals.text import Perplexity, fill
@@ -762,9 +764,8 @@ def test_a_published_encoder_gives_torch_s_embeddings(torch, transformers, exact
 
     segments = real.astype(np.int32)
     batch = {"tokens": tokens.astype(np.int32), "segments": segments}
-    labelled = {**batch, "label": np.zeros(3, np.int32), "valid": np.ones(3, bool)}
     variables = {"params": params["encoder"]}
-    found = extract(encoder_of(net.encoder, variables), Chain(()), [labelled]).x
+    found = extract(encoder_of(net.encoder, variables), Chain(()), Pipeline(arrays(**batch)), 3).x
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     unit = found / np.linalg.norm(found, axis=1, keepdims=True)
     similarity = unit @ unit.T
@@ -774,24 +775,10 @@ def test_a_published_encoder_gives_torch_s_embeddings(torch, transformers, exact
 # ---- evaluation ----
 
 
-@dataclass(frozen=True)
-class Held:
-    """Windows in batches, the last one filled up."""
-
-    n: int = 50
-
-    def __len__(self):
-        return self.n
-
-    def check(self):
-        pass
-
-    def epoch(self, batch_size, host=0, hosts=1):
-        tokens, segments = map(np.asarray, texts(WORDS, self.n, 20))
-        for i in range(0, self.n, batch_size):
-            at = np.minimum(np.arange(i, i + batch_size), self.n - 1)
-            valid = np.arange(i, i + batch_size) < self.n
-            yield {"tokens": tokens[at], "segments": segments[at], "valid": valid}
+def held(n=50):
+    """Windows of text."""
+    tokens, segments = map(np.asarray, texts(WORDS, n, 20))
+    return Pipeline(arrays(tokens=tokens, segments=segments))
 
 
 def test_held_out_perplexity():
@@ -799,7 +786,7 @@ def test_held_out_perplexity():
     objective = MLM(MaskedLM(BERT), Masking(most=4))
     params = random_params(objective)
     views, loss, hits, targets = Views(Chain(()), Chain(())), [], [], []
-    for i, batch in enumerate(Held().epoch(16)):
+    for i, batch in enumerate(held().epoch(16)):
         key = jax.random.split(jax.random.fold_in(jax.random.key(0), i))[1]
         tokens, segments = jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"])
         masked, places, weight = objective.mask(key, tokens, segments)
@@ -811,7 +798,7 @@ def test_held_out_perplexity():
                 word = batch["tokens"][row, places[row, j]]
                 loss, targets = [*loss, -math.log(p[row, j, word])], [*targets, word]
                 hits.append(p[row, j].argmax() == word)
-    found = dict(Perplexity(Held(), 16)(Trained(objective, params, {}, views)))
+    found = dict(Perplexity(held(), 16)(Trained(objective, params, {}, views)))
     share = np.bincount(targets) / len(targets)
     entropy = -sum(s * math.log(s) for s in share if s)
     assert found["mlm/loss"] == pytest.approx(np.mean(loss), rel=1e-5)
@@ -819,23 +806,22 @@ def test_held_out_perplexity():
     assert found["mlm/accuracy"] == pytest.approx(np.mean(hits))
     assert found["unigram/perplexity"] == pytest.approx(math.exp(entropy), rel=1e-5)
     assert found["unigram/accuracy"] == pytest.approx(share.max())
-    assert found == dict(Perplexity(Held(), 16)(Trained(objective, params, {}, views)))
+    assert found == dict(Perplexity(held(), 16)(Trained(objective, params, {}, views)))
     spread = batch_sharding(Mesh().build())
     with jax.set_mesh(spread.mesh):
-        again = dict(Perplexity(Held(), 16)(Trained(objective, params, {}, views, spread)))
+        again = dict(Perplexity(held(), 16)(Trained(objective, params, {}, views, spread)))
     assert {name: pytest.approx(x, rel=1e-5) for name, x in found.items()} == again
 
 
 def test_features_do_not_count_padding():
     params = {"params": random_params(MLM(MaskedLM(BERT)))["encoder"]}
     tokens, segments = windows(WORDS, examples=4)
-    rest = {"label": np.zeros(4, np.int32), "valid": np.ones(4, bool)}
-    batch = {"tokens": tokens, "segments": segments, **rest}
-    found = extract(encoder_of(BERT, params), Chain(()), [batch]).x
+    data = Pipeline(arrays(tokens=tokens, segments=segments))
+    found = extract(encoder_of(BERT, params), Chain(()), data, 4).x
     for row, real in enumerate((segments > 0).sum(1)):
         alone = BERT.apply(params, jnp.asarray(tokens[row : row + 1, :real])).mean(1)[0]
         np.testing.assert_allclose(found[row], alone, atol=1e-5)
-    floor = extract(encoder_of(BERT, params).floor, Chain(()), [batch]).x
+    floor = extract(encoder_of(BERT, params).floor, Chain(()), data, 4).x
     for row, real in enumerate((segments > 0).sum(1)):
         expected = np.bincount(tokens[row, :real], minlength=97) / real
         np.testing.assert_allclose(floor[row], expected, atol=1e-6)

@@ -1,10 +1,13 @@
 """The law: which record stands at which row of which step, from (seed, step, row) alone.
 
-It knows nothing of hosts, workers, devices and restarts. Only numbers of records are shuffled,
-mixed and batched here; reading them is the pipeline's.
+It knows nothing of hosts, workers, devices and restarts: whoever holds a row asks for it. Only
+numbers of records are shuffled and mixed here; reading them is the pipeline's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -12,60 +15,67 @@ from sslx.data.source import DataError
 
 
 @dataclass(frozen=True)
-class Places:
-    """Numbers the examples of all steps of a run: row r of step s is at s * batch_size + r."""
+class Shuffled:
+    """The order of training: every source permuted anew in each epoch, several mixed by weight.
+
+    ends     where each source's records end, all sources counted through
+    weights  of the sources
+    """
+
+    ends: tuple[int, ...]
+    weights: tuple[float, ...]
+    seed: int
+    batch_size: int  # global
+
+    @cached_property
+    def numbers(self) -> Any:
+        import grain
+
+        sources = [
+            grain.MapDataset.range(begin, end).shuffle(seed=seed_of(self.seed, k)).repeat()
+            for k, (begin, end) in enumerate(zip((0, *self.ends), self.ends, strict=False))
+        ]
+        return sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, self.weights)
+
+    def __call__(self, step: int, rows: Sequence[int]) -> np.ndarray:
+        """Numbers of the records at some rows of a step's batch, int [rows]."""
+        return np.array([self.numbers[place(step, row, self.batch_size)] for row in rows])
+
+
+@dataclass(frozen=True)
+class Once:
+    """The order of an evaluation: every record once, as they lie; numbers beyond them are pads."""
 
     seed: int
     batch_size: int  # global
-    start: int  # the first step that is read
-    first: int  # the first row of this host
 
-    def of(self, index: int, examples: int) -> range:
-        """The places of the `examples` that this host has in the index-th step that is read."""
-        begin = (self.start + index) * self.batch_size + self.first
-        return range(begin, begin + examples)
-
-    def rng(self, place: int) -> np.random.Generator:
-        """The random numbers of a place, independent of those of all others; 8 microseconds."""
-        return np.random.Generator(np.random.Philox(key=np.array([self.seed, place], np.uint64)))
+    def __call__(self, step: int, rows: Sequence[int]) -> np.ndarray:
+        """Numbers of the records at some rows of a step's batch, int [rows]."""
+        return np.array([place(step, row, self.batch_size) for row in rows])
 
 
-def training(
-    ends: list[int], weights: list[float], places: Places, local: int, host: int, hosts: int
-):
-    """A Grain dataset of record numbers int [local], one element a step, from `places.start` on.
-
-    `ends` are where each source's records end. Each source is permuted anew in every epoch; several
-    are mixed by weight.
-    """
-    import grain
-
-    orders = [
-        grain.MapDataset.range(begin, end).shuffle(seed=seed_of(places.seed, k)).repeat()
-        for k, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
-    ]
-    order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
-    return order.batch(local, drop_remainder=True, batch_fn=np.array)[host::hosts][places.start :]
+def checked(rows: Sequence[int] | None, batch_size: int) -> Sequence[int]:
+    """Rows of a global batch, all by default; raises DataError for what are none."""
+    if batch_size < 1:
+        raise DataError(f"a global batch of {batch_size}: it counts from 1")
+    if rows is None:
+        return range(batch_size)
+    if not len(rows) or min(rows) < 0 or max(rows) >= batch_size or list(rows) != sorted(set(rows)):
+        raise DataError(
+            f"rows {rows} of a global batch of {batch_size}: give some of 0 to {batch_size - 1}, "
+            "ascending"
+        )
+    return rows
 
 
-def evaluation(records: int, batch_size: int, local: int, host: int, hosts: int):
-    """A Grain dataset of record numbers int [local] that goes once through all, in order.
-
-    Numbers from `records` on fill up the last batch.
-    """
-    import grain
-
-    padded = -(-records // batch_size) * batch_size
-    return grain.MapDataset.range(padded).batch(local, batch_fn=np.array)[host::hosts]
+def place(step: int, row: int, batch_size: int) -> int:
+    """The number of an example among those of all steps of a run."""
+    return step * batch_size + row
 
 
-def share(batch_size: int, host: int, hosts: int) -> int:
-    """Examples that a host holds of each global batch."""
-    if batch_size < 1 or batch_size % hosts:
-        raise DataError(f"a global batch of {batch_size} does not divide among {hosts} hosts")
-    if not 0 <= host < hosts:
-        raise DataError(f"host {host} of {hosts}: hosts count from 0")
-    return batch_size // hosts
+def rng(seed: int, place: int) -> np.random.Generator:
+    """The random numbers of a place, independent of those of all others; 8 microseconds."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, place], np.uint64)))
 
 
 def seed_of(seed: int, k: int) -> int:

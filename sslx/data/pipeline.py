@@ -2,13 +2,13 @@
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import sys
 import weakref
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -24,6 +24,7 @@ from sslx.data.workers import cores, mark_flags_parsed, off_device, spawning
 
 log = logging.getLogger("sslx")
 Batch = dict[str, np.ndarray]
+PIECE = 4 << 20  # bytes of examples that are read and handed over at a time
 
 
 @runtime_checkable
@@ -91,6 +92,11 @@ class Pipeline:
     def ends(self) -> list[int]:
         return list(accumulate(len(source) for source, _ in self.mixture))
 
+    @property
+    def sources(self) -> int:
+        """The number of sources; opens none."""
+        return len(self.source) if isinstance(self.source, tuple) else 1
+
     def __len__(self) -> int:
         """Records in all the sources together."""
         return self.ends[-1]
@@ -122,110 +128,148 @@ class Pipeline:
         return shapes[0]
 
     def batches(
-        self, seed: int, batch_size: int, start: int = 0, host: int = 0, hosts: int = 1
+        self, seed: int, batch_size: int, start: int = 0, rows: Sequence[int] | None = None
     ) -> "Batches":
         """Batches of steps start, start + 1, ... without end: `decode`'s arrays and maybe label.
 
-        `batch_size` is global; of it this host gets its `batch_size / hosts` consecutive examples,
-        so the hosts' shares laid end to end in host order are the global batch.
+        `batch_size` is global. `rows` are those of each batch that are read, in ascending order;
+        all by default. A process asks for the rows that its devices hold, and then counts what
+        gives way for corrupt records over all processes: `dropped`, float32 [rows, sources], joins
+        each batch, and `check_dropped` judges their sum.
         """
         self.check()
-        local = order.share(batch_size, host, hosts)
         if len(self.mixture) == 1 and batch_size > len(self):
             raise DataError(
                 f"{self.source} holds {len(self)} records, fewer than one batch of {batch_size}: "
                 "take a smaller batch_size, or more data"
             )
-        places = order.Places(seed, batch_size, start, host * local)
-        weights = [weight for _, weight in self.mixture]
-        steps = order.training(self.ends, weights, places, local, host, hosts)
-        return self.read(steps, places, local, self.labels, masked=False)
+        weights = tuple(weight for _, weight in self.mixture)
+        numbers = order.Shuffled(tuple(self.ends), weights, seed, batch_size)
+        return self.read(numbers, start, None, rows, self.labels, masked=False)
 
-    def epoch(self, batch_size: int, host: int = 0, hosts: int = 1) -> "Batches":
+    def epoch(self, batch_size: int, rows: Sequence[int] | None = None) -> "Batches":
         """Every record once, in order, for evaluation; with `label` if the sources have labels.
 
-        Every batch is full: `valid`, bool [B], is false for what pads the last one and for what
-        stands in for a corrupt record.
+        Every batch is full: `valid`, bool [rows], is false for what pads the last one and for what
+        stands in for a corrupt record. `rows` as in `batches`.
         """
-        local = order.share(batch_size, host, hosts)
-        places = order.Places(0, batch_size, 0, host * local)
-        steps = order.evaluation(len(self), batch_size, local, host, hosts)
-        return self.read(steps, places, local, self.labelled, masked=True)
+        steps = -(-len(self) // batch_size) if batch_size > 0 else 0
+        return self.read(order.Once(0, batch_size), 0, steps, rows, self.labelled, masked=True)
 
-    def read(
-        self, steps, places: order.Places, local: int, labels: bool, masked: bool
-    ) -> "Batches":
-        """Batches of examples, read ahead, from batches of record numbers."""
-        from grain import MultiprocessingOptions, ReadOptions
+    def read(self, numbers, start: int, steps: int | None, rows, labels: bool, masked: bool):
+        """Batches of examples, read ahead, in the order of `numbers`; endless without `steps`."""
+        from grain import MapDataset, MultiprocessingOptions, ReadOptions
         from grain.experimental import DatasetOptions, WithOptionsIterDataset
 
+        whole = order.checked(rows, numbers.batch_size)
+        examples = sys.maxsize if steps is None else steps * len(whole)
+        workers, piece = self.processes(len(whole), examples)
         sources = tuple(source for source, _ in self.mixture)
-        load = Load(sources, self.decode, labels, self.max_corrupt, places)
-        steps = steps.map_with_index(load)
-        workers = self.processes(local, min(len(steps) * local, sys.maxsize))
+        pieces = tuple(whole[i : i + piece] for i in range(0, len(whole), piece))
+        load = Load(sources, self.decode, labels, self.max_corrupt, numbers, pieces)
+        stop = sys.maxsize if steps is None else (start + steps) * len(pieces)
+        dataset = MapDataset.range(start * len(pieces), stop).map(load)
+        judge = self.check_dropped if rows is None else None
         if not workers:
             ahead = min(cores(), 8)
-            return Batches(steps.to_iter_dataset(ReadOptions(ahead, ahead)), load, masked)
+            ready = dataset.to_iter_dataset(ReadOptions(ahead, 2 * ahead))
+            return Batches(ready, len(pieces), masked, judge)
         mark_flags_parsed()
-        one = steps.to_iter_dataset(ReadOptions(0, 0))  # a worker is one thread
+        one = dataset.to_iter_dataset(ReadOptions(0, 0))  # a worker is one thread
         one = WithOptionsIterDataset(one, DatasetOptions(min_shm_size=1 << 16))
         options = MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        return Batches(one.mp_prefetch(options, worker_init_fn=off_device), load, masked)
+        ready = one.mp_prefetch(options, worker_init_fn=off_device)
+        return Batches(ready, len(pieces), masked, judge)
 
-    def processes(self, local: int, records: int) -> int:
-        """The number of workers: as asked, or, where that is faster, one less than cores."""
-        small = records < 20_000 or all(source.resident for source, _ in self.mixture)
+    def processes(self, rows: int, examples: int) -> tuple[int, int]:
+        """(workers, examples that one of them hands over at a time).
+
+        Workers are as many as asked for, or, where that is faster, one less than cores. A few MiB
+        at a time let all of them work on the batch that is waited for, and fit into /dev/shm.
+        """
+        small = examples < 20_000 or all(source.resident for source, _ in self.mixture)
         few = 0 if small or cores() <= 2 else min(cores() - 1, 32)
         workers = few if self.workers is None else self.workers
-        arrays = self.shapes(local).values()
-        size = sum(prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
-        room = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else sys.maxsize
-        fit = max(0, room // (4 * size) - 1)  # of each: one made, two waiting, one arriving
-        if self.workers and workers > fit:
-            raise DataError(
-                f"{workers} workers pass batches of {size >> 20} MiB through /dev/shm, which has "
-                f"{room >> 20} MiB: docker run --shm-size=16g, or workers={fit}"
-            )
-        return min(workers, fit)
+        arrays = self.shapes(1).values()
+        size = max(1, sum(prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays))
+        most = max(1, min(rows, PIECE // size))
+        if workers:
+            room = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else sys.maxsize
+            fit = room // (4 * size)  # of each: one made, two waiting, one arriving
+            if fit < workers:
+                text = f"{workers} workers pass examples of {size / 2**20:.1f} MiB through /dev/shm"
+                text += f", which has {room >> 20} MiB: docker run --shm-size=16g, or workers={fit}"
+                if self.workers:
+                    raise DataError(text)
+                log.warning("%s; going on with %d", text, fit)
+                workers = fit
+            most = max(1, min(most, fit // max(1, workers)))
+        return workers, -(-rows // -(-rows // most))
+
+    def check_dropped(
+        self, counts: np.ndarray, examples: int, names: Mapping[str, str] | None = None
+    ) -> None:
+        """Raise DataError where more examples gave way for corrupt records than `max_corrupt` says.
+
+        counts    of each source, over all processes, among the first `examples` of a run
+        names     {record: reason} of those that this process knows
+        """
+        total = sum(weight for _, weight in self.mixture)
+        for (source, weight), count in zip(self.mixture, counts, strict=True):
+            epochs = max(1, math.ceil(examples * weight / total / len(source)))
+            if count > epochs * allowed(self.max_corrupt, source):
+                few = "; ".join(f"{n} ({why})" for n, why in list((names or {}).items())[-3:])
+                raise DataError(
+                    f"{source}: too many of {len(source)} records cannot be decoded"
+                    f"{': ' * bool(few)}{few}. Repair or remove them, or raise max_corrupt"
+                )
 
 
 @dataclass(frozen=True)
 class Load:
-    """Reads the batch of given record numbers [B], with `valid` and what was `dropped` on the way.
+    """Reads piece after piece of batches: piece i % len(pieces) of step i // len(pieces).
 
     A record that cannot be read or decoded gives way to the next one of its source, which depends
-    on nothing but the records; so the law holds with corrupt data too.
+    on nothing but the records; so the law holds with corrupt data too. `dropped`, float32 [rows,
+    sources], is 1 where one did, infinite where none nearby is better; `names` are theirs.
     """
 
     sources: tuple[Source, ...]
     decode: Decode | None
     labels: bool
     max_corrupt: float
-    places: order.Places
+    numbers: order.Shuffled | order.Once
+    pieces: tuple[Sequence[int], ...]  # rows
 
     @cached_property
     def ends(self) -> list[int]:
         return list(accumulate(map(len, self.sources)))
 
-    def limit(self, k: int) -> int:
-        """How many corrupt records source k may have."""
-        return max(self.max_corrupt > 0, int(self.max_corrupt * len(self.sources[k])))
-
-    def __call__(self, step: int, indices: np.ndarray) -> dict[str, Any]:
+    def __call__(self, i: int) -> dict[str, Any]:
+        step, piece = divmod(i, len(self.pieces))
+        rows = self.pieces[piece]
+        indices = self.numbers(step, rows)
+        dropped = np.zeros((len(rows), len(self.sources)), np.float32)
         if self.decode is None and len(self.sources) == 1:
-            return self.gathered(indices)
-        indices, dropped, examples, valid = indices.tolist(), {}, [], []
+            return {**self.gathered(indices), "dropped": dropped, "names": ()}
+        indices, names, examples, valid = indices.tolist(), {}, [], []
         located = [self.locate(index) for index in indices]
         records = self.records(located)
-        places = self.places.of(step, len(indices))
-        for index, (k, at), place in zip(indices, located, places, strict=True):
+        for row, index, (k, at), out in zip(rows, indices, located, dropped, strict=True):
             beyond = index >= self.ends[-1]  # pads an epoch: any example will do
             if not (beyond and examples):
-                example, hops = self.example(k, at, place, records, dropped)
+                where = order.place(step, row, self.numbers.batch_size)
+                example, lost = self.example(k, at, where, records, names)
+            out[k] = 0 if beyond else lost
             examples.append(example)
-            valid.append(not beyond and not hops)
+            valid.append(not beyond and not lost)
         batch = {name: np.stack([e[name] for e in examples]) for name in examples[0]}
-        return {**batch, "valid": np.array(valid), "dropped": tuple(dropped.items())}
+        return {
+            **batch,
+            "valid": np.array(valid),
+            "dropped": dropped,
+            "names": tuple(names.items()),
+        }
 
     def gathered(self, indices: np.ndarray) -> dict[str, Any]:
         """The batch of a source of arrays, by one indexing of each."""
@@ -235,7 +279,7 @@ class Load:
         if self.labels:
             missing = np.full(len(indices), -1, np.int32)
             arrays["label"] = missing if label is None else label.astype(np.int32)
-        return {**arrays, "valid": indices < self.ends[-1], "dropped": ()}
+        return {**arrays, "valid": indices < self.ends[-1]}
 
     def locate(self, index: int) -> tuple[int, int]:
         """The source that holds a record number over all sources, and the number there."""
@@ -253,11 +297,12 @@ class Load:
         return records
 
     def example(
-        self, k: int, first: int, place: int, records: dict, dropped: dict
-    ) -> tuple[Example, int]:
-        """The first good example of source k from `first` on, and how many were not."""
-        source, bad = self.sources[k], {}
-        for hops in range(min(self.limit(k) + 1, len(source))):
+        self, k: int, first: int, place: int, records: dict, names: dict
+    ) -> tuple[Example, float]:
+        """The first good example of source k from `first` on, and 1 if that is another record; a
+        blank one and infinity where more are bad in a row than there may be in all."""
+        source = self.sources[k]
+        for hops in range(min(allowed(self.max_corrupt, source) + 1, len(source))):
             at = (first + hops) % len(source)
             record = records.get((k, at))
             try:
@@ -267,30 +312,32 @@ class Load:
                 raise
             except Exception as error:  # decoders raise what they like: SyntaxError, struct.error
                 name = record["name"] if record else f"{source}#{at}"
-                bad[k, name] = f"{type(error).__name__}: {error}"
+                names[name] = f"{type(error).__name__}: {error}"
                 continue
             if self.labels:
                 example = {**example, "label": np.int32(record.get("label", -1))}
-            dropped.update(bad)
-            return example, hops
-        raise too_many({name: reason for (_, name), reason in bad.items()}, source)
+            return example, float(hops > 0)
+        shapes = source.shapes if self.decode is None else self.decode.shapes
+        shapes = shapes | ({"label": ((), np.int32)} if self.labels else {})
+        return {name: np.zeros(*shape) for name, shape in shapes.items()}, np.inf
 
     def decoded(self, record: Record, place: int) -> Example:
         if self.decode is None:
             return {name: x for name, x in record.items() if name not in ("label", "name")}
-        return self.decode(record, self.places.rng(place))
+        return self.decode(record, order.rng(self.numbers.seed, place))
 
 
 class Batches(Iterator[Batch]):
     """Batches one after another; `dropped` says what was corrupt so far, {name: reason}.
 
-    Close it, or use it in `with`, to end its workers at once.
+    With a `judge`, a (counts, examples, names) -> None that raises when that is too much, batches
+    are whole and hold no `dropped`. Close it, or use it in `with`, to end its workers at once.
     """
 
-    def __init__(self, dataset, load: Load, masked: bool):
-        self.load, self.masked = load, masked
+    def __init__(self, dataset, pieces: int, masked: bool, judge=None):
+        self.pieces, self.masked, self.judge = pieces, masked, judge
         self.dropped: dict[str, str] = {}
-        self.counts = Counter()
+        self.counts, self.examples = 0, 0
         self.elements, self.started = [iter(dataset)], False
         self.close = weakref.finalize(self, end, self.elements)  # when forgotten, and at exit too
 
@@ -298,23 +345,25 @@ class Batches(Iterator[Batch]):
         if not self.close.alive:
             raise DataError("these batches were closed; ask the pipeline for new ones")
         with contextlib.nullcontext() if self.started else spawning():
-            batch = next(self.elements[0])
+            pieces = [next(self.elements[0])]
         self.started = True
-        for (k, name), reason in batch.pop("dropped"):
-            self.drop(k, name, reason)
+        pieces += [next(self.elements[0]) for _ in range(1, self.pieces)]
+        for name, reason in (pair for piece in pieces for pair in piece.pop("names")):
+            if name not in self.dropped:
+                log.warning("dropped %s, which cannot be decoded: %s", name, reason)
+                self.dropped[name] = reason
+        batch = {name: joined([piece[name] for piece in pieces]) for name in pieces[0]}
         if not self.masked:
             del batch["valid"]
-        return {name: owned(array) for name, array in batch.items()}
-
-    def drop(self, k: int, name: str, reason: str) -> None:
-        if name in self.dropped:
-            return
-        log.warning("dropped %s, which cannot be decoded: %s", name, reason)
-        self.dropped[name] = reason
-        self.counts[k] += 1
-        if self.counts[k] > self.load.limit(k):
-            self.close()
-            raise too_many(self.dropped, self.load.sources[k])
+        if self.judge:
+            dropped = batch.pop("dropped")
+            self.counts, self.examples = self.counts + dropped.sum(0), self.examples + len(dropped)
+            try:
+                self.judge(self.counts, self.examples, self.dropped)
+            except DataError:
+                self.close()
+                raise
+        return batch
 
     def __enter__(self):
         return self
@@ -339,15 +388,14 @@ def read(source: Source, index: int) -> dict[str, Any]:
         ) from error
 
 
-def too_many(dropped: Mapping[str, str], source: Source) -> DataError:
-    """The error for more corrupt records than allowed."""
-    few = "; ".join(f"{name} ({reason})" for name, reason in list(dropped.items())[-3:])
-    return DataError(
-        f"{source}: too many of {len(source)} records cannot be decoded, {len(dropped)} so far: "
-        f"{few}. Repair or remove them, or raise max_corrupt"
-    )
+def allowed(max_corrupt: float, source: Source) -> int:
+    """How many records of a source may be corrupt."""
+    return max(max_corrupt > 0, int(max_corrupt * len(source)))
 
 
-def owned(array: np.ndarray) -> np.ndarray:
-    """The array as a plain one; copied where it lies in a worker's shared memory."""
-    return array if type(array) is np.ndarray else np.array(array)
+def joined(arrays: list[np.ndarray]) -> np.ndarray:
+    """Arrays end to end as a plain one, which is nothing that lies in a worker's shared memory."""
+    [first, *more] = arrays
+    if not more and type(first) is np.ndarray:
+        return first
+    return np.concatenate([np.asarray(array) for array in arrays])

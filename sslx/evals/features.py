@@ -1,11 +1,13 @@
 """Features of a labelled set: an encoder's pooled tokens and the labels, as NumPy arrays."""
 
+import contextlib
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -13,11 +15,28 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx.models.encoder import Encoder, Pool
-from sslx.sharding import ways
+from sslx.sharding import placed, rows_here, ways
 from sslx.types import Array
 
 View = Callable[[Array, Any], Any]  # (key, batch) -> batch that the encoder reads
 IN_FLIGHT = 4  # batches dispatched before the oldest one's features are fetched
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """A set to evaluate on, a Pipeline: every example once, in batches of one shape.
+
+    And `labelled`, whether records have labels: no member here, for isinstance would read it, and
+    so open the files, when a recipe is built.
+    """
+
+    def check(self) -> None: ...
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, batch_size: int, rows: Sequence[int] | None = None) -> Iterator[dict]: ...
+
+    def check_dropped(self, counts: np.ndarray, examples: int) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,40 +84,39 @@ class Features:
 def extract(
     encoder: Encoder,
     view: View,
-    batches: Iterable[dict[str, np.ndarray]],
+    data: Labelled,
+    batch_size: int,
     pool: Pool = "mean",
     sharding: NamedSharding | None = None,
     seed: int = 0,
-    advanced: Callable[[], None] = lambda: None,
+    most: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Features:
-    """Features of every valid row of finite labelled batches, one forward pass each.
+    """Features of every example of a set, or of the first `most` batches of it, one forward pass
+    each; labels are -1 where there are none.
 
-    A batch is valid bool [B], the leaves that the view reads, and label int32 [B]; without labels
-    they are -1. With several processes it is this process's rows, and every process receives all
-    features.
-    `sharding` places axis 0 of a batch. Batch i is rendered under fold_in(key(seed), i). One
-    compilation per (network, view, pool, sharding) and shape, whatever the variables. `advanced` is
-    called after each batch.
+    With several processes every one receives all features. `sharding` places axis 0 of a batch.
+    Batch i is rendered under fold_in(key(seed), i). One compilation per (network, view, pool,
+    sharding) and shape, whatever the variables. `progress` is called with the number of batches
+    that are done and of all.
     """
     run = _forward(view, pool, sharding)
     pending, rows = deque(), []
 
     def fetch():
-        x, label, valid = jax.device_get(pending.popleft())
+        features, total = pending.popleft()
+        x, label, valid = jax.device_get(features)
         rows.append((x[valid], label[valid]))
-        advanced()
+        progress(len(rows), total)
 
-    for i, batch in enumerate(batches):
-        unlabelled = {"label": np.full(len(batch["valid"]), -1, np.int32)}
-        batch = placed(unlabelled | batch, sharding)
-        with jax.transfer_guard("allow"):  # of two scalars
-            pending.append(run(encoder, batch, np.uint32(seed), np.int32(i)))
-        if len(pending) > IN_FLIGHT:
-            fetch()
+    with contextlib.closing(batches(data, batch_size, sharding, most)) as stream:
+        for i, (batch, total) in enumerate(stream):
+            with jax.transfer_guard("allow"):  # of two scalars
+                pending.append((run(encoder, batch, np.uint32(seed), np.int32(i)), total))
+            if len(pending) > IN_FLIGHT:
+                fetch()
     while pending:
         fetch()
-    if not rows:
-        raise ValueError("No batches to take features of: the labelled pipeline is empty.")
     return Features(*(np.concatenate(leaf) for leaf in zip(*rows, strict=True)))
 
 
@@ -115,20 +133,40 @@ def _forward(view, pool, sharding):
     return jax.jit(forward, out_shardings=sharding and NamedSharding(sharding.mesh, P()))
 
 
-def dealt(batch_size: int, sharding: NamedSharding | None) -> tuple[int, int, int]:
-    """(examples of a batch, rounded up to what the mesh divides; this process; processes)."""
-    if sharding is None:
-        return batch_size, 0, 1
-    parts = ways(sharding.mesh)
-    return -(-batch_size // parts) * parts, jax.process_index(), jax.process_count()
+def batches(
+    data: Labelled, batch_size: int, sharding: NamedSharding | None, most: int | None = None
+) -> Iterator[tuple[dict[str, Array], int]]:
+    """(batch, number of batches) of a set, one after another on the devices; at most `most`.
+
+    A batch holds valid bool [B], label int32 [B] and the set's arrays. With a sharding its size is
+    rounded up to what the mesh divides, and each process reads the rows of its devices. Raises
+    DataError, in every process, where too many records are corrupt.
+    """
+    parts = ways(sharding.mesh) if sharding else 1
+    batch_size = -(-batch_size // parts) * parts
+    if sharding:
+        rows = rows_here(batch_size, sharding)
+        put = functools.partial(placed, rows=rows, batch_size=batch_size, sharding=sharding)
+    else:
+        rows, put = range(batch_size), jax.device_put
+    total = -(-len(data) // batch_size)
+    total, counts = min(total, most or total), None
+    with contextlib.closing(data.epoch(batch_size, rows)) as epoch:
+        for batch in islice(epoch, most):
+            batch = put({"label": np.full(len(rows), -1, np.int32), **batch})
+            counts = _added(counts, batch.pop("dropped"), sharding)
+            yield batch, total
+    if counts is not None:
+        data.check_dropped(np.asarray(counts), total * batch_size)
 
 
-def placed(batch: dict[str, np.ndarray], sharding: NamedSharding | None) -> dict[str, Array]:
-    """A process's share of a batch, on the devices."""
+@functools.partial(jax.jit, static_argnums=2)
+def _added(counts, dropped, sharding):
+    """The counts [S] with those of one more batch [B, S], on every device."""
+    counts = dropped.sum(0) if counts is None else counts + dropped.sum(0)
     if sharding is None:
-        return jax.device_put(batch)
-    place = functools.partial(jax.make_array_from_process_local_data, sharding)
-    return jax.tree.map(place, dict(batch))
+        return counts
+    return jax.lax.with_sharding_constraint(counts, NamedSharding(sharding.mesh, P()))
 
 
 def local_mesh(n: int) -> Mesh:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx.config import Eval, Trained
-from sslx.evals.probes import Labelled
+from sslx.evals.features import Labelled
 from sslx.types import Array, Params
 
 

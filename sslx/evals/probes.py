@@ -1,18 +1,16 @@
 """Probes: what the frozen features of a labelled set are worth, as a few numbers."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
 
 from sslx.config import Eval, Numbers, Progress, Trained
-from sslx.evals.features import Features, dealt, extract
+from sslx.evals.features import Features, Labelled, extract
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
 from sslx.evals.linear import LinearProbe
@@ -23,21 +21,6 @@ from sslx.views import Views
 Pairs = Callable[[], tuple[np.ndarray, np.ndarray]]
 # A value with a `name`, or a function.
 Probe = Callable[[Features, Features, Pairs | None, Progress], Iterator[tuple[str, float]]]
-
-
-@runtime_checkable
-class Labelled(Protocol):
-    """A labelled set: every example once, in batches of one shape.
-
-    And `labelled`, whether records have labels: no member here, for isinstance would read it, and
-    so open the files, when a recipe is built.
-    """
-
-    def check(self) -> None: ...
-
-    def __len__(self) -> int: ...
-
-    def epoch(self, batch_size: int, host: int = 0, hosts: int = 1) -> Iterator[dict]: ...
 
 
 @dataclass(frozen=True)
@@ -90,25 +73,23 @@ class Probes(Eval):
     def measure(self, encoder: Encoder, trained: Trained) -> Iterator[tuple[str, float]]:
         """(name, value) for any encoder, such as `encoder.floor`."""
         views, sharding, progress = trained.views, trained.sharding, trained.progress
-        batch_size, host, hosts = dealt(self.batch_size, sharding)
 
         def features(task, data, view, most=None, seed=0):
-            total = -(-len(data) // batch_size)
-            steps = iter(range(1, total + 1))
-            with contextlib.closing(data.epoch(batch_size, host, hosts)) as epoch:
-                return extract(
-                    encoder,
-                    view,
-                    islice(epoch, most),
-                    self.pool,
-                    sharding,
-                    seed,
-                    lambda: progress(task, next(steps, total), min(total, most or total)),
-                )
+            return extract(
+                encoder,
+                view,
+                data,
+                self.batch_size,
+                self.pool,
+                sharding,
+                seed,
+                most,
+                functools.partial(progress, task),
+            )
 
         @functools.cache
         def pairs():  # only if a probe asks
-            most = -(-self.pairs // batch_size)
+            most = -(-self.pairs // self.batch_size)
             sides = ((Rendering(views, 0), 0), (Rendering(views, -1), 1))
             return tuple(features("pairs", self.test, view, most, seed).x for view, seed in sides)
 

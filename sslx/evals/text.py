@@ -2,10 +2,8 @@
 
 import contextlib
 import functools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import jax
@@ -16,8 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx.config import Eval, Trained
-from sslx.evals.features import dealt, placed
-from sslx.evals.probes import Labelled
+from sslx.evals.features import Labelled, batches
 from sslx.objectives.mlm import MLM
 from sslx.types import Array, Params
 
@@ -40,14 +37,11 @@ class Perplexity(Eval):
 
     def __call__(self, trained: Trained) -> Iterator[tuple[str, float]]:
         sharding, progress = trained.sharding, trained.progress
-        batch_size, host, hosts = dealt(self.batch_size, sharding)
         run, sums = _sums(trained.objective, trained.views.eval, sharding), []
         counts = None  # of targets by id [V], all batches together
-        total = min(-(-len(self.data) // batch_size), self.batches or sys.maxsize)
-        with contextlib.closing(self.data.epoch(batch_size, host, hosts)) as epoch:
-            for i, batch in enumerate(islice(epoch, self.batches)):
-                batch = {name: x for name, x in batch.items() if name != "label"}
-                batch = placed(batch, sharding)
+        stream = batches(self.data, self.batch_size, sharding, self.batches)
+        with contextlib.closing(stream):
+            for i, (batch, total) in enumerate(stream):
                 with jax.transfer_guard("allow"):  # of a scalar
                     loss, right, more = run(trained.params, batch, np.int32(i))
                 sums.append((loss, right))
