@@ -225,8 +225,8 @@ def train(config: Config, run: Path) -> TrainState:
         checkpoints.close()
 
 
-def loop(config, mesh, step_fn, start: int, state, watch, scores, signals) -> TrainState:
-    """The training loop: dispatches a step, then reads the metrics of the one before."""
+def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):
+    """The state after the training loop, which dispatches a step, then reads the last one's metrics."""
     pending = None
     with feed(config, mesh, start) as (batches, dropped):
         for step in range(start + 1, config.steps + 1):

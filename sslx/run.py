@@ -273,7 +273,7 @@ class Run:
             views=config.views,
             data=config.data,
             step=step,
-            recipe=printed(config),
+            recipe=printed(self.config),
             numbers=self.scores().get(f"step {step}", {}),
         )
         FORMATS[format](config.objective, params, buffers, Path(out).expanduser(), about, encoder)

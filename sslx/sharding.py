@@ -1,5 +1,7 @@
 """The mesh of devices, and how arrays are sharded over it by their logical axes."""
 
+import functools
+import logging
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from sslx.ops.trees import boxed
 from sslx.types import Array, Tree
 
+log = logging.getLogger("sslx")
 AXES = ("replica", "fsdp", "tensor")
 
 # A logical axis and the mesh axes that it may be cut over.
@@ -85,21 +88,41 @@ class Mesh:
         return tuple(sizes)
 
 
-def spec(names: Sequence[str | None], shape: Sequence[int], mesh) -> P:
+def spec(names: Sequence[str | None], shape: Sequence[int], mesh, otherwise=None) -> P:
     """Logical names of an array's axes -> its PartitionSpec on `mesh`.
 
-    A mesh axis is used once, by the first name that asks for it; an axis that does not divide
-    evenly stays whole.
+    A mesh axis is used once, by the first name that asks for it. An axis that does not divide is
+    said once, and is `otherwise`: None, whole on every device, or P.UNCONSTRAINED, which leaves it
+    to the compiler. Raises ValueError where that is the batch: every device would compute all.
     """
     out, used = [], set()
     for name, size in zip(names, shape, strict=True):
         axes = tuple(a for a in RULES.get(name, ()) if a not in used)
-        if not axes or size % math.prod(mesh.shape[a] for a in axes):
+        parts = math.prod(mesh.shape[a] for a in axes)
+        if not axes:
             out.append(None)
-        else:
+        elif size % parts == 0:
             used.update(axes)
             out.append(axes)
+        elif name == "batch":
+            raise ValueError(
+                f"An array {list(shape)} has {size} examples on its batch axis, which replica * "
+                f"fsdp = {parts} devices do not divide: use a larger batch_size, or cut it into "
+                f"fewer chunks."
+            )
+        else:
+            _say_whole(name, size, " * ".join(axes), parts)
+            out.append(otherwise)
     return P(*out)
+
+
+@functools.cache
+def _say_whole(name: str, size: int, axes: str, parts: int) -> None:
+    if jax.process_index() == 0:
+        log.warning(
+            "%d %s do not divide over %s = %d devices: what has this axis stays whole on each",
+            *(size, name, axes, parts),
+        )
 
 
 def constrain(x: Array, *names: str | None) -> Array:
@@ -110,7 +133,8 @@ def constrain(x: Array, *names: str | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
+    where = spec(names, x.shape, mesh, P.UNCONSTRAINED)
+    return jax.lax.with_sharding_constraint(x, where)
 
 
 def shardings(state: Tree, mesh: jax.sharding.Mesh) -> Tree:
@@ -154,17 +178,19 @@ def placed(batch: Mapping[str, np.ndarray], rows: Sequence[int], batch_size: int
     Raises ValueError for an array that has not a row for each of them.
     """
 
+    index = sharding.addressable_devices_indices_map((batch_size,))
+    devices = {device: range(batch_size)[rows] for device, [rows] in index.items()}
+
     def place(name: str, local: np.ndarray) -> Array:
         if len(local) != len(rows):
             raise ValueError(f"{name} has {len(local)} rows, but this process feeds {len(rows)}.")
 
-        def cut(index):  # a device's rows follow one another
-            first = bisect_left(rows, index[0].indices(batch_size)[0])
-            held = range(batch_size)[index[0]]
-            return local[first : first + len(held)]
-
-        shape = (batch_size, *local.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, cut)
+        parts = []
+        for held in devices.values():  # a device's rows follow one another
+            first = bisect_left(rows, held[0])
+            parts.append(local[first : first + len(held)])
+        shape, parts = (batch_size, *local.shape[1:]), jax.device_put(parts, list(devices))
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
     return {name: place(name, local) for name, local in batch.items()}
 

@@ -12,7 +12,7 @@ from flax.core.meta import unbox
 from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.config import Config, ConfigError
 from sslx.ops.trees import axis_named
-from sslx.sharding import Mesh, batch_sharding, check_batch, shardings
+from sslx.sharding import Mesh, batch_sharding, check_batch, shardings, ways
 from sslx.types import Array, Batch, Buffers, Params, Tree
 
 
@@ -115,13 +115,16 @@ def restored(
 ) -> tuple[Config, jax.sharding.Mesh, int, TrainState]:
     """(config, mesh, step, state) of a run's newest checkpoint that verifies, or of `step`'s.
 
-    A mesh that these devices do not make up is replaced by one over all of them.
+    A mesh that these devices do not make up is replaced by one over all of them, and a batch that
+    these do not divide by the next larger one that they do.
     """
     try:
         mesh = config.mesh.build()
     except ValueError:
         config = dataclasses.replace(config, mesh=Mesh())
         mesh = config.mesh.build()
+    unit = ways(mesh) * config.accumulate
+    config = dataclasses.replace(config, batch_size=-(-config.batch_size // unit) * unit)
     checkpoints = Checkpoints(run / "checkpoints", config.keep)
     try:
         steps = checkpoints.steps()

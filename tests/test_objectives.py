@@ -1,11 +1,13 @@
 """The contract of every objective, item by item (the tests' numbers), on every row."""
 
+import contextlib
 import functools
 from dataclasses import dataclass, fields, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from contract import (
     BATCH,
@@ -20,6 +22,7 @@ from contract import (
     one_view,
     placed,
 )
+from half import half, losses
 
 from sslx import engine
 from sslx import state as state_of
@@ -219,6 +222,34 @@ def test_10_reordering_changes_the_loss_as_the_paper_says(name, what):
 
     apart = relative(loss(reorder.change(batch)), loss(batch))
     assert apart < 1e-6 if reorder.same else apart > 1e-4
+
+
+@every_row
+def test_11_half_precision_keeps_what_matters_in_float32(name):
+    """In bfloat16 every exp, log, rsqrt and sum, and what a softmax reads, is float32."""
+    row = replace(ROWS[name], objective=half(ROWS[name].objective))
+    for mesh in (contextlib.nullcontext(), jax.set_mesh(mesh_of(1, 8, 1))):
+        with mesh:
+            assert losses(jax.make_jaxpr(row.objective.loss)(*abstract(row))) == []
+
+    def gradient(row, change):
+        """(loss, gradient) of the first step on params that `change` has rounded."""
+        config, mesh = config_of(row, optimizer=Record()), mesh_of(1, 1, 1)
+        state = state_of.fresh_state(config, mesh)
+        state = replace(state, params=jax.tree.map(change, state.params))
+        with jax.set_mesh(mesh):
+            after, said = engine.jitted_step(config, mesh)(state, placed(row.batch(0), mesh))
+        return jax.device_get((said["loss"], after.opt_state))
+
+    def apart(grads):
+        return optax.tree.norm(jax.tree.map(np.subtract, grads, exact)) / optax.tree.norm(exact)
+
+    loss, exact = gradient(ROWS[name], lambda x: x)
+    rough, grads = gradient(row, lambda x: x)
+    assert relative(rough, loss) < 2e-2
+    # Params, activations and gradients are rounded; BatchNorm over 16 examples makes that large.
+    _, rounded = gradient(ROWS[name], lambda x: x.astype(jnp.bfloat16).astype(x.dtype))
+    assert apart(grads) < max(2e-2, 3 * apart(rounded))
 
 
 @every_row

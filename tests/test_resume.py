@@ -1,5 +1,7 @@
 """A run that was stopped, killed, damaged or moved ends as the one that nothing happened to."""
 
+import io
+import json
 import os
 import shutil
 import signal
@@ -7,6 +9,7 @@ import time
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 from commands import PATIENCE, TINY, damage, free_port, group, rows, run, start, stop, until
 
@@ -154,16 +157,27 @@ def test_a_damaged_checkpoint_is_passed_over(eight, tmp_path, how, caplog):
 
 # Trains, then gathers a few global batches as the devices saw them.
 TWO = """
-import sys
+import os, sys
+import jax
+from sslx import sharding
 from sslx.cli import main
 *arguments, batches = sys.argv[1:]
+if order := os.environ.get("ORDER"):  # of the mesh's devices, as a TPU's hosts interleave
+    straight = sharding.Mesh.build
+
+    def build(self):
+        mesh = straight(self)
+        devices = mesh.devices.ravel()[list(map(int, order))].reshape(mesh.devices.shape)
+        return jax.sharding.Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+
+    sharding.Mesh.build = build
 code = main(arguments)
 if not code:
-    import jax, numpy as np
+    import numpy as np
     from jax.experimental.multihost_utils import process_allgather
     from sslx.recipes import load
     from sslx.engine import feed
-    config = load(arguments[1])
+    config = load(arguments[1], *(x for x in arguments if "mesh." in x))
     with feed(config, config.mesh.build(), 17) as (stream, _):
         got = [process_allgather(next(stream)["image"], tiled=True) for _ in range(3)]
     if jax.process_index() == 0:
@@ -178,15 +192,18 @@ def two(*args, **env):
     return [start(*args, devices=4, code=TWO, JAX_PROCESS_ID=i, **join, **env) for i in (0, 1)]
 
 
-def test_two_processes_are_one(eight, tmp_path):
+@pytest.mark.parametrize("order, mesh", [("04152637", "mesh.fsdp=8"), ("", "mesh.tensor=8")])
+def test_two_processes_are_one(eight, tmp_path, order, mesh):
+    """Devices of both by turns in the batch's axis, and a tensor axis that crosses from one to the
+    other, so that both hold, and read, all rows."""
     path, batches = tmp_path / "run", tmp_path / "batches.npy"
-    both = two("train", TINY, "--workdir", path, batches)
+    both = two("train", TINY, mesh, "--workdir", path, batches, ORDER=order)
     try:
         said = [process.communicate(timeout=PATIENCE)[0] for process in both]
     finally:
         stop(*both)
     assert [process.returncode for process in both] == [0, 0], said
-    assert [x for x in said[1].splitlines() if not x.startswith("[Gloo]")] == []
+    assert [x for x in said[1].splitlines() if "[Gloo]" not in x] == []
     assert_close(path, eight)
     from sslx.recipes import load as recipe
 
@@ -194,6 +211,35 @@ def test_two_processes_are_one(eight, tmp_path):
     with config.data.batches(config.seed, config.batch_size, 17) as stream:
         alone = np.stack([next(stream)["image"] for _ in range(3)])
     assert np.load(batches).tobytes() == alone.tobytes()
+
+
+def test_corrupt_records_count_in_both_processes(tmp_path):
+    """An eighth of the records is corrupt, and a tenth may be: both stop at one step, neither of
+    which has met so many itself, and what each has met is named."""
+    data = digits_of_which_some_are_corrupt(tmp_path)
+    both = two("train", TINY, f"data={data}", "--workdir", tmp_path / "run", "-")
+    try:
+        said = [process.communicate(timeout=PATIENCE)[0] for process in both]
+    finally:
+        stop(*both)
+    assert [process.returncode for process in both] == [1, 1], said
+    assert all("too many of 160 records cannot be decoded" in text for text in said)
+    names = [
+        {json.loads(row)["name"] for row in (tmp_path / f"run/dropped/{i}.jsonl").open()}
+        for i in range(2)
+    ]
+    assert all(0 < len(each) <= 16 for each in names) and len(names[0] | names[1]) > 16
+
+
+def digits_of_which_some_are_corrupt(tmp_path):
+    """160 pictures, the last 20 of them cut short, as a folder."""
+    for i in range(160):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        data = io.BytesIO()
+        PIL.Image.fromarray(np.full((8, 8), i, np.uint8)).save(data, "PNG")
+        whole = data.getvalue()
+        (tmp_path / f"data/{i:03d}.png").write_bytes(whole if i < 140 else whole[:-30])
+    return f"folder:{tmp_path}/data"
 
 
 def test_two_processes_stop_together_and_one_goes_on(eight, tmp_path):

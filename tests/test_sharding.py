@@ -2,7 +2,8 @@
 
 import functools
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 from unittest.mock import NonCallableMock
 
 import jax
@@ -100,12 +101,38 @@ def test_slices_that_replicas_cannot_join():
         (("batch", "embed"), (16, 32), P(("replica", "fsdp"), None)),
         (("embed", "batch"), (32, 16), P(("fsdp",), ("replica",))),  # what is left of the two
         (("embed", "mlp"), (33, 128), P(None, ("tensor",))),  # what does not divide stays whole
-        (("batch", None), (6, 2), P(None, None)),  # 6 over 4
         ((), (), P()),
     ],
 )
 def test_spec(names, shape, expected):
     assert spec(names, shape, mesh_of(*ALL)) == expected
+
+
+def test_what_does_not_divide_is_said_once_or_refused(caplog):
+    """6 rows over 4 devices would be computed by each; 33 heads are left to the compiler."""
+    mesh = mesh_of(*ALL)
+    sharding._say_whole.cache_clear()
+    with pytest.raises(ValueError, match=r"\[6, 2\] has 6 examples .* replica \* fsdp = 4 devices"):
+        spec(("batch", None), (6, 2), mesh)
+    free = P.UNCONSTRAINED
+    for _ in range(2):
+        assert spec(("heads", None), (33, 64), mesh) == P(None, None)
+        assert spec(("heads", None), (33, 64), mesh, free) == P(free, None)
+    assert [r.getMessage()[:45] for r in caplog.records] == [
+        "33 heads do not divide over tensor = 2 device"
+    ]
+
+
+def test_chunks_smaller_than_the_mesh_are_refused():
+    """2 examples of 2 views at a time, on 8 devices, were computed 8 times over."""
+    row, mesh = ROWS["SimCLR with ViT"], mesh_of(1, 8, 1)
+    config = config_of(replace(row, objective=replace(row.objective, chunks=8)))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match=r"8 devices do not divide.*fewer chunks"),
+    ):
+        given = states.abstract_state(config, mesh), states.abstract_batch(config, mesh)
+        engine.jitted_step(config, mesh).trace(*given)
 
 
 def test_spec_names_every_axis():
@@ -185,9 +212,9 @@ def test_constrain_cuts_where_it_can():
     mesh = mesh_of(*ALL)
     with jax.set_mesh(mesh):
         cut = jax.jit(lambda: constrain(jnp.ones((16, 6, 32)), "batch", None, "mlp"))()
-        odd = jax.jit(lambda: constrain(jnp.ones((15, 6, 32)), "batch", None, "mlp"))()
+        odd = jax.jit(lambda: constrain(jnp.ones((16, 6, 33)), "batch", None, "mlp"))()
     assert cut.addressable_shards[0].data.shape == (4, 6, 16)
-    assert odd.addressable_shards[0].data.shape == (15, 6, 16)
+    assert odd.addressable_shards[0].data.shape[:2] == (4, 6)
 
 
 # ---- batches ----
@@ -287,7 +314,7 @@ class Watching:
 
     def see(self, step, metrics, dropped):
         self.events.append(f"see {step}")
-        jax.device_get(metrics)  # explicit, so the guard allows it
+        assert np.isfinite(jax.device_get(metrics["loss"].value))  # explicit: the guard allows it
 
     def save(self, step, state):
         self.events.append(f"save {step}")
@@ -302,6 +329,16 @@ class Watching:
         return 10**9
 
 
+@dataclass
+class Sealed:
+    """What a step gives: any look at it, before the next step is dispatched, would wait for it."""
+
+    value: Any
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the loop asks for {name} of what is still being computed")
+
+
 class Quiet:
     def received(self, step):
         return 0
@@ -312,10 +349,17 @@ def test_the_loop_transfers_nothing_by_itself_and_looks_one_step_late():
     mesh, events = mesh_of(1, 8, 1), []
     with jax.set_mesh(mesh):
         state, step = states.fresh_state(config, mesh), engine.jitted_step(config, mesh)
+
+        def sealed(state, batch):
+            state, metrics = step(state.value, batch)
+            return Sealed(state), {name: Sealed(x) for name, x in metrics.items()}
+
         try:
             jax.config.update("jax_transfer_guard", "disallow")  # in the feeding thread as well
             watching = Watching(events)
-            state = engine.loop(config, mesh, step, 0, state, watching, watching, Quiet())
+            state = engine.loop(
+                config, mesh, sealed, 0, Sealed(state), watching, watching, Quiet()
+            ).value
         finally:
             jax.config.update("jax_transfer_guard", "allow")
     assert int(state.step) == 5

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx.config import Eval, Trained
-from sslx.evals.features import Labelled
+from sslx.evals.features import Labelled, batches
 from sslx.types import Array, Params
 
 
@@ -34,11 +34,12 @@ class Reconstructions(Eval):
         self.data.check()
 
     def __call__(self, trained: Trained) -> Iterator[tuple[str, np.ndarray]]:
-        with contextlib.closing(self.data.epoch(self.count)) as epoch:
-            batch = {name: x for name, x in next(epoch).items() if name not in ("label", "valid")}
+        with contextlib.closing(batches(self.data, self.count, trained.sharding, 1)) as stream:
+            batch, _ = next(stream)
+        del batch["label"], batch["valid"]
         panels = jax.device_get(
             _panels(trained.objective, trained.views.eval, trained.sharding, trained.params, batch)
-        )
+        )[: self.count]
         panels = np.clip(panels * np.asarray(self.std) + np.asarray(self.mean), 0, 1)
         panels = np.rint(panels * 255).astype(np.uint8)
         scale = max(1, 128 // panels.shape[2])  # small pictures are shown large, pixel by pixel

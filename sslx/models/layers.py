@@ -298,7 +298,8 @@ def dropped(
 ) -> Float[Array, "B N heads d"]:
     """Softmax attention with dropout of its weights, as BERT trains."""
     q, k, v = (qkv[:, :, i] for i in range(3))
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+    float32 = {"preferred_element_type": jnp.float32}
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, **float32)
     if segments is not None:
         scores = jnp.where(same(segments), scores, -jnp.inf)
     return jnp.einsum("bhqk,bkhd->bqhd", drop(jax.nn.softmax(scores).astype(v.dtype)), v)
@@ -317,11 +318,12 @@ def cached(
     def attend(part):
         qkv, segments = part
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2)).reshape(3, -1, tokens, width)
-        scores = jnp.einsum("hqd,hkd->hqk", q * width**-0.5, k)  # h: every head of every example
+        float32 = {"preferred_element_type": jnp.float32}  # h: every head of every example
+        scores = jnp.einsum("hqd,hkd->hqk", q * width**-0.5, k, **float32)
         if segments is not None:
             seen = jnp.repeat(same(segments)[:, 0], heads, 0)  # [h, N, N]
             scores = jnp.where(seen, scores, -jnp.inf)
-        share = jax.nn.softmax(scores.astype(jnp.float32)).astype(v.dtype)
+        share = jax.nn.softmax(scores).astype(v.dtype)
         out = jnp.einsum("hqk,hkd->hqd", share, v)
         return out.reshape(-1, heads, tokens, width).swapaxes(1, 2)
 
