@@ -226,7 +226,7 @@ def train(config: Config, run: Path) -> TrainState:
 
 
 def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):
-    """The state after the training loop, which dispatches a step, then reads the last one's metrics."""
+    """The state after all steps. Metrics are read once the next step is on its way."""
     pending = None
     with feed(config, mesh, start) as (batches, dropped):
         for step in range(start + 1, config.steps + 1):

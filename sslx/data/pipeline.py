@@ -219,9 +219,11 @@ class Pipeline:
             epochs = max(1, math.ceil(examples * weight / total / len(source)))
             if count > epochs * allowed(self.max_corrupt, source):
                 few = "; ".join(f"{n} ({why})" for n, why in list((names or {}).items())[-3:])
+                many = f"{count:.0f}" if math.isfinite(count) else "one after another"
                 raise DataError(
-                    f"{source}: too many of {len(source)} records cannot be decoded"
-                    f"{': ' * bool(few)}{few}. Repair or remove them, or raise max_corrupt"
+                    f"{source}: too many of {len(source)} records cannot be decoded, {many} of the "
+                    f"first {examples} examples{': ' * bool(few)}{few}. Repair or remove them, or "
+                    f"raise max_corrupt"
                 )
 
 
