@@ -26,7 +26,8 @@ from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
 from sslx.data.source import DataError
 from sslx.data.text import pydocs
-from sslx.data.text.corpus import Tally, blocks, parquet_rows, pieces, spans, texts
+from sslx.data.text.corpus import Tally, parquet_rows, pieces, texts
+from sslx.data.text.files import blocks, spans
 from sslx.data.text.tokenize import Job, run, tokenize
 from sslx.data.text.tokenizers import tokenizer, train_tokenizer, vocabulary
 from sslx.data.text.windows import Window, packed, record
@@ -513,13 +514,13 @@ def test_bad_files_and_rows_are_counted_and_named(tmp_path, done):
         "rows.jsonl@50": "is damaged: 'utf-8' codec",
         "rows.jsonl@64": "has no `text`",
         "rows.jsonl@77": "is damaged: 'utf-8' codec",
-        "rows.jsonl@96": "is damaged",
+        "rows.jsonl@96": "is no object with a `text`, but of type list",
         "empty.txt": "is empty",
         "blank.txt": "is empty",
         "latin.txt": "is not UTF-8 near byte 128: convert",
         "binary.txt": "is binary: a zero near byte 0",
-        "cut.txt.gz": "is damaged: Compressed file ended",
-        "fake.jsonl.gz": "is damaged, what comes before is kept: Not a gzipped",
+        "cut.txt.gz": "is damaged: it ends before its end mark",
+        "fake.jsonl.gz": "is damaged, the 0 rows before that are kept: Error -3",
         "fake.parquet": "is not Parquet",
         "column.parquet": "has no column `text` of strings, only body: string",
         "bytes.parquet#1": "is damaged: 'utf-8' codec",

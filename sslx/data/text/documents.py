@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sslx.data.source import RESIDENT, DataError, Record, Source
-from sslx.data.text.corpus import Tally, fault, files, plain, rows, spans
+from sslx.data.text.corpus import Tally, fault, plain, rows
+from sslx.data.text.files import PLAIN, files, spans, suffix
 from sslx.data.text.tokenizers import tokenizer, vocabulary
 from sslx.data.text.windows import same_vocabulary, width
 from sslx.vocabulary import Vocabulary
@@ -44,7 +45,7 @@ class Text(Source):
                 tally.drop(path, str(error))
                 continue
             for span in stretches:
-                if not path.endswith((".txt", ".txt.gz")):
+                if suffix(path) not in PLAIN:
                     documents += rows(span, tally, ("text", "label"))
                 elif reason := fault(span):
                     tally.drop(path, reason)

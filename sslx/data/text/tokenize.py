@@ -33,7 +33,8 @@ import numpy as np
 
 from sslx.data.formats.arrayrecord import Shards
 from sslx.data.source import DataError, needs
-from sslx.data.text.corpus import Span, Tally, batched, files, partition, texts
+from sslx.data.text.corpus import Tally, batched, texts
+from sslx.data.text.files import Span, files, partition
 from sslx.data.text.tokenizers import (
     Kind,
     digest,
