@@ -6,12 +6,16 @@ import os
 import socket
 import zlib
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sslx.cli import main
+from sslx.data import uri
 from sslx.data.text import files
 from sslx.data.text.corpus import Tally, texts
+from sslx.data.text.tokenizers import train_tokenizer
 
 ROWS = [f"row {i} of a corpus, in words that differ: {i * i * 7919}" for i in range(40)]
 LINES = [json.dumps({"text": text}).encode() + b"\n" for text in ROWS]
@@ -201,3 +205,49 @@ def test_pipes_sockets_and_broken_links_are_dropped(tmp_path):
     assert reasons.keys() == {"b.txt", "c.jsonl", "d.parquet", "e.txt"}
     assert reasons["b.txt"] == reasons["e.txt"] == "is no file, but a pipe, a socket or a device"
     assert reasons["c.jsonl"].startswith("cannot be opened, it or what it links to: No such")
+
+
+# Tokenizers that do not cover their text
+
+
+def chinese(path, characters, seed=0):
+    """200 documents of characters as frequent as in prose, by Zipf's law."""
+    rng = np.random.default_rng(seed)
+    share = 1 / np.arange(1, characters + 1)
+    for text in rng.choice(characters, (200, 300), p=share / share.sum()) + 0x4E00:
+        line = json.dumps({"text": "".join(map(chr, text))}) + "\n"
+        with path.open("a") as file:
+            file.write(line)
+    return str(path)
+
+
+@pytest.mark.parametrize("size, kind", [(300, "wordpiece"), (300, "bpe"), (6000, "wordpiece")])
+def test_a_tokenizer_covers_its_text_or_a_warning_says_what_to_do(
+    tmp_path, caplog, capsys, size, kind
+):
+    path, out = chinese(tmp_path / "a.jsonl", 3000), str(tmp_path / "out")
+    words = ["tokenize", path, out, "--vocab", str(size), "--kind", kind, "--workers", "0"]
+    assert main(words) == 0
+    source = uri.tokens(out)
+    counts = source.manifest["counts"]
+    share = counts["unknown"] / counts["tokens"]
+    assert source.vocabulary.size <= size and f"({share:.2%} unknown)" in capsys.readouterr().out
+    if (size, kind) != (300, "wordpiece"):
+        assert share < 0.001 and not caplog.records
+        return
+    assert share > 0.2 and source.vocabulary.size == 300
+    caplog.clear()
+    source.check()  # before training, too
+    uri.open_uri(f"text:{path}?tokenizer={out}")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and all(f"{share:.0%}".replace("%", " %") in said[0] for x in said)
+    assert [x.split(": ")[0] for x in said] == [out, path]
+    assert all("larger --vocab, or with --kind bpe" in x for x in said)
+
+
+def test_rare_letters_leave_room_for_words():
+    """86 letters that each occur once, with their forms within words 172 ids of 160."""
+    words = [a + b + c for a in "abc" for b in "def" for c in "gh"]
+    rare = "".join(chr(0x430 + i) for i in range(48)) + "".join(chr(0x10D0 + i) for i in range(38))
+    known = train_tokenizer(lambda: [" ".join(words * 4000), rare], 160).get_vocab()
+    assert len(known) <= 160 and set(words) < set(known)

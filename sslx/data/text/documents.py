@@ -11,11 +11,13 @@ import numpy as np
 from sslx.data.source import RESIDENT, DataError, Record, Source
 from sslx.data.text.corpus import Tally, fault, plain, rows
 from sslx.data.text.files import PLAIN, files, spans, suffix
-from sslx.data.text.tokenizers import tokenizer, vocabulary
+from sslx.data.text.tokenizers import tokenizer, vocabulary, warn_of_unknown
 from sslx.data.text.windows import same_vocabulary, width
 from sslx.vocabulary import Vocabulary
 
 log = logging.getLogger("sslx")
+
+SAMPLE = 64  # documents that are tokenized at once to see whether the tokenizer fits them
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,11 @@ class Text(Source):
         return vocabulary(self.path)
 
     def check(self):
-        _ = self.vocabulary
+        unknown = self.vocabulary.unknown
         super().check()
+        few = self.records(list(range(0, len(self), -(-len(self) // SAMPLE))))
+        ids = np.concatenate([record["tokens"][1:-1] for record in few])
+        warn_of_unknown(self.glob, int((ids == unknown).sum()), len(ids))
 
     def suits(self, decode):
         super().suits(decode)

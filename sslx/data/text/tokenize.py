@@ -43,6 +43,7 @@ from sslx.data.text.tokenizers import (
     tokenizer_file,
     train_tokenizer,
     vocabulary,
+    warn_of_unknown,
 )
 from sslx.data.text.windows import check_length, packed, record, width
 from sslx.data.workers import cores, end_with_parent, spawning
@@ -178,6 +179,7 @@ class Job:
         if not shards:
             few = "; ".join(f"{name} {reason}" for name, reason in list(dropped.items())[:3])
             raise DataError(f"{self.source} holds no text: {few}")
+        warn_of_unknown(self.out, counts["unknown"], counts["tokens"])
         special = vocabulary(self.out)
         manifest = {
             **self.settings(),

@@ -11,7 +11,7 @@ import numpy as np
 
 from sslx.data.formats.arrayrecord import Shards
 from sslx.data.source import DataError, Source
-from sslx.data.text.tokenizers import tokenizer_digest, tokenizer_file
+from sslx.data.text.tokenizers import tokenizer_digest, tokenizer_file, warn_of_unknown
 from sslx.data.text.windows import Window, same_vocabulary, width
 from sslx.vocabulary import Vocabulary
 
@@ -74,6 +74,8 @@ class Tokens(Source):
                 f"{tokenizer_file(self.folder)} is not the tokenizer that these windows were "
                 "written with: put that one back, or tokenize again"
             )
+        counts = self.manifest["counts"]
+        warn_of_unknown(self.folder, counts["unknown"], counts["tokens"])
 
     def suits(self, decode):
         super().suits(decode)
