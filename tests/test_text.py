@@ -304,7 +304,7 @@ def test_killed_in_worker_processes_it_goes_on(corpus, done, tmp_path):
     out = tmp_path / "out"
     words = ("tokenize", big, out, "--tokenizer", done, "--length", L, "--workers", 2)
     code = (
-        "import sys; from sslx.data.text import tokenize; tokenize.PART = 100_000\n"
+        "import sys; from sslx.data.text import job; job.PART = 100_000\n"
         "from sslx.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     process = start(*words, code=code)
@@ -341,10 +341,10 @@ def test_the_same_command_twice_at_once_does_each_part_once(done, tmp_path):
     write_jsonl(big, DOCUMENTS * 60)
     words = ("tokenize", big, out, "--tokenizer", done, "--length", L, "--workers", 0)
     code = (
-        "import sys; from sslx.cli import main; from sslx.data.text import tokenize\n"
-        "tokenize.PART, write = 100_000, tokenize.Job.write_alone\n"
+        "import sys; from sslx.cli import main; from sslx.data.text import job\n"
+        "job.PART, write = 100_000, job.Job.write_alone\n"
         "def told(job, k, said): print('part', k); write(job, k, said)\n"
-        "tokenize.Job.write_alone = told; sys.exit(main(sys.argv[1:]))"
+        "job.Job.write_alone = told; sys.exit(main(sys.argv[1:]))"
     )
     both = [start(*words, code=code) for _ in range(2)]
     try:

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 import sys
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from sslx.data.source import RESIDENT, DataError, Record, Source
 from sslx.data.text.corpus import Tally, fault, plain, rows
-from sslx.data.text.files import PLAIN, files, spans, suffix
+from sslx.data.text.files import PLAIN, files, partition, suffix
 from sslx.data.text.tokenizers import tokenizer, vocabulary, warn_of_unknown
 from sslx.data.text.windows import same_vocabulary, width
 from sslx.vocabulary import Vocabulary
@@ -36,23 +35,28 @@ class Text(Source):
 
     @functools.cached_property
     def documents(self) -> list[Record]:
-        paths, tally, documents = files(self.glob), Tally(), []
-        size = sum(map(os.path.getsize, paths))
-        if size > RESIDENT:
-            raise DataError(f"{self.glob} holds {size >> 20} MiB: `sslx tokenize` it, tokens:DIR")
-        for path in paths:
-            try:
-                stretches = spans(path, sys.maxsize)
-            except DataError as error:
-                tally.drop(path, str(error))
-                continue
-            for span in stretches:
-                if suffix(path) not in PLAIN:
-                    documents += rows(span, tally, ("text", "label"))
-                elif reason := fault(span):
-                    tally.drop(path, reason)
-                else:
-                    documents.append({"text": "".join(plain(span)), "name": path})
+        tally, documents, held = Tally(), [], 0
+        [stretches], dropped = partition(files(self.glob), sys.maxsize)
+        if sum(span.size for span in stretches) > RESIDENT:
+            raise self.too_large
+
+        def kept(text: str) -> str:  # a .gz file may hold far more than its size
+            nonlocal held
+            if (held := held + len(text)) > RESIDENT:
+                raise self.too_large
+            return text
+
+        for span in stretches:
+            if suffix(span.path) not in PLAIN:
+                found = rows(span, tally, ("text", "label"))
+                documents += (row | {"text": kept(row["text"])} for row in found)
+            elif reason := fault(span):
+                tally.drop(span.path, reason)
+            else:
+                text = "".join(map(kept, plain(span)))
+                documents.append({"text": text, "name": span.path})
+        for path, reason in dropped.items():
+            tally.drop(path, reason)
         for name, reason in tally.dropped.items():
             log.warning("dropped %s: it %s", name, reason)
         if (more := tally.counts["dropped"] - len(tally.dropped)) > 0:
@@ -61,9 +65,19 @@ class Text(Source):
             label = row.get("label")
             if label is None:
                 row.pop("label", None)
-            elif not isinstance(label, int):
-                raise DataError(f"{row['name']}: label {label!r}: labels are integers from 0")
+            elif not isinstance(label, int) or not -1 <= label < 1 << 31:
+                raise DataError(
+                    f"{row['name']}: label {label!r}: labels are integers from 0, number "
+                    "the classes"
+                )
         return documents
+
+    @property
+    def too_large(self) -> DataError:
+        return DataError(
+            f"{self.glob} holds more than {RESIDENT >> 20} MiB of text: `sslx tokenize` it, and "
+            "read tokens:DIR"
+        )
 
     @property
     def path(self) -> str:

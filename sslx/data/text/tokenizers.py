@@ -136,7 +136,7 @@ def tokenizer(path: str):
 def loaded(file: str, modified: int):
     del modified  # a file that is replaced is read again
     try:
-        tokenizer = hugging("tokenizers").Tokenizer.from_file(file)
+        tokenizer = hugging("tokenizers").Tokenizer.from_buffer(Path(file).read_bytes())
     except DataError:
         raise
     except Exception as error:  # the library raises plain Exception
