@@ -82,6 +82,26 @@ def test_a_parquet_file_without_a_footer_is_one_dropped_file(tmp_path, footer):
     assert tally.dropped[f"{tmp_path}/b.parquet"].startswith("is not Parquet, or damaged: ")
 
 
+@pytest.mark.parametrize(
+    "name, data, reason",
+    [
+        ("a.txt", "text".encode("utf-16"), "is UTF-16: convert it with iconv"),
+        ("a.jsonl", LINES[0].decode().encode("utf-16"), "is UTF-16: convert it with iconv"),
+        ("a.json", LINES[0].decode().encode("utf-16"), "is UTF-16: convert it with iconv"),
+        ("a.jsonl", gzip.compress(LINES[0]), "is gzipped and not named .gz: rename it"),
+        ("a.txt", gzip.compress(b"text"), "is gzipped and not named .gz: rename it"),
+        ("a.jsonl.gz", LINES[0], "is not gzipped and named .gz: rename it"),
+        ("a.txt.gz", b"text", "is not gzipped and named .gz: rename it"),
+        ("a.json.gz", b"[]", "is not gzipped and named .gz: rename it"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_one_dropped_file(tmp_path, name, data, reason):
+    (tmp_path / name).write_bytes(data)
+    documents, tally = kept(tmp_path)
+    assert not documents and tally.counts["dropped"] == 1
+    assert tally.dropped[f"{tmp_path}/{name}"].startswith(reason)
+
+
 # Rows that are no documents
 
 
@@ -95,6 +115,7 @@ def test_a_parquet_file_without_a_footer_is_one_dropped_file(tmp_path, footer):
         (b"nonsense", "is damaged: Expecting value at character 0, near 'nonsense'"),
         (b'{"text": "a" "b"}', "is damaged: Expecting ',' delimiter at character 13, near"),
         (b'["text"]', "is no object with a `text`, but of type list"),
+        (LINES[0].decode().encode("utf-16-le")[:-2], "is damaged: Expecting property name"),
         (b"3", "is no object with a `text`, but of type int"),
         (b"null", "is no object with a `text`, but of type NoneType"),
         (b'{"content": "a", "id": 3}', "has no `text` that is a string, only content: str, id"),

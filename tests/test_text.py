@@ -520,7 +520,7 @@ def test_bad_files_and_rows_are_counted_and_named(tmp_path, done):
         "latin.txt": "is not UTF-8 near byte 128: convert",
         "binary.txt": "is binary: a zero near byte 0",
         "cut.txt.gz": "is damaged: it ends before its end mark",
-        "fake.jsonl.gz": "is damaged, the 0 rows before that are kept: Error -3",
+        "fake.jsonl.gz": "is not gzipped and named .gz: rename it",
         "fake.parquet": "is not Parquet",
         "column.parquet": "has no column `text` of strings, only body: string",
         "bytes.parquet#1": "is damaged: 'utf-8' codec",
@@ -547,7 +547,7 @@ def test_command_names_what_it_dropped(tmp_path, done, capsys):
     ]
     assert main(words) == 0
     said, warned = capsys.readouterr()
-    assert f"dropped {tmp_path}/in/b.txt: is binary" in warned.replace("\n", "")
+    assert f"dropped {tmp_path}/in/b.txt: is UTF-16: convert it" in warned.replace("\n", "")
     assert "9 documents" in said and f"windows of {L}" in said
     assert main([*words, "--process", "3/2"]) == 1
     assert "process 3 of 2" in capsys.readouterr().err

@@ -208,6 +208,22 @@ def test_text_in_memory_is_bounded_by_what_comes_out(done, tmp_path, monkeypatch
             uri.open_uri(f"text:{tmp_path}/{name}?tokenizer={done}")
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"vocabulary_size": 0}, "wordpiece vocabulary of 0 ids"),
+        ({"vocabulary_size": 10**12}, "has at most 16,777,216"),
+        ({"vocabulary_size": 261, "kind": "bpe"}, "bpe vocabulary of 261 ids"),
+        ({"workers": -1}, "-1 workers: 0 is this process alone"),
+        ({"process": (2, 2)}, "process 2 of 2: processes count from 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_written(done, tmp_path, options, said):
+    with pytest.raises(DataError, match=said):
+        tokenize(f"{done.parent}/a.jsonl", f"{tmp_path}/out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_process_is_written_as_two_numbers():
     arguments = parser().parse_args(["tokenize", "x", "y", "--process", "²/2"])
     with pytest.raises(ValueError, match="--process ²/2 is written I/N"):

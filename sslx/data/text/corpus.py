@@ -131,7 +131,7 @@ def json_row(line: bytes | None) -> Any:
     if line is None:
         return ValueError(f"a line of more than {ROW >> 20} MiB")
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))  # bytes would be read as UTF-16, too
         if isinstance(row, dict):
             str(row.get("text")).encode()  # fails on half of a surrogate pair
         return row

@@ -95,6 +95,7 @@ def spans(path: str, size: int) -> list[Span]:
         raise DataError(f"is none of {', '.join(SUFFIXES)}")
     if kind == ".parquet":
         return parquet_spans(path, size)
+    check_start(path, kind)
     if kind in (".json", ".json.gz"):
         check_rows(Span(path, 0, length, length))
     if kind.endswith(".gz"):
@@ -102,6 +103,17 @@ def spans(path: str, size: int) -> list[Span]:
     begins = range(0, length, size) or [0]
     ends = [min(begin + size, length) for begin in begins]
     return [Span(path, b, e, e - b) for b, e in zip(begins, ends, strict=True)]
+
+
+def check_start(path: str, kind: str) -> None:
+    """Raise DataError for a file that is not written as its name says."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise DataError("is UTF-16: convert it with iconv -f UTF-16 -t UTF-8")
+    if start and (start == b"\x1f\x8b") != kind.endswith(".gz"):
+        is_ = "is not gzipped and" if kind.endswith(".gz") else "is gzipped and not"
+        raise DataError(f"{is_} named .gz: rename it")
 
 
 def check_rows(span: Span) -> None:

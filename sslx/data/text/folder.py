@@ -54,9 +54,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, DataError) as error:  # the latter two are ArrayRecord's
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error).split(";")[0]
         raise OSError(
-            f"{path} cannot be written: {reason}; mend that, then the same command goes on"
+            f"{path} cannot be written ({reason}): mend that, then the same command goes on"
         ) from error
 
 

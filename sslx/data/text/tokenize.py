@@ -23,9 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from sslx.data.source import DataError
-from sslx.data.text.folder import alone, write_bytes
+from sslx.data.text.folder import alone, write_bytes, writing
 from sslx.data.text.job import Job, claim
-from sslx.data.text.tokenizers import Kind, digest, tokenizer_file, train_tokenizer, vocabulary
+from sslx.data.text.tokenizers import (
+    Kind,
+    check_size,
+    digest,
+    tokenizer_file,
+    train_tokenizer,
+    vocabulary,
+)
 from sslx.data.workers import cores, end_with_parent, spawning
 
 log = logging.getLogger("sslx")
@@ -60,6 +67,8 @@ def tokenize(
     index, count = process
     if not 0 <= index < count:
         raise DataError(f"process {index} of {count}: processes count from 0")
+    if workers is not None and workers < 0:
+        raise DataError(f"{workers} workers: 0 is this process alone, None one for each core")
     if count > 1 and tokenizer is None:
         raise DataError("several processes need one tokenizer: train it first, then --tokenizer F")
     prepare(job, vocabulary_size, tokenizer and bare("tokens", tokenizer), kind)
@@ -95,15 +104,18 @@ def prepare(
     The same command at once, as on every host of a pod, waits here for the first one.
     """
     out, home = Path(job.out), Path(job.out) / "tokenizer.json"
-    size = vocabulary_size or 32_768  # not BERT's nor RoBERTa's: these mean their tokenizers
+    # By default neither BERT's nor RoBERTa's: these mean their tokenizers.
+    size = 32_768 if vocabulary_size is None else vocabulary_size
     if tokenizer is None:
+        check_size(size, kind)
         asked = {"kind": kind, "vocabulary_size": size}
     else:
         vocabulary(tokenizer)  # has a mask token, before anything is written
         given = Path(tokenizer_file(tokenizer)).read_bytes()
         asked = {"tokenizer": digest(given)}
     ours = job.settings() | asked
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     with alone(out, 0):
         claim(out, ours)
         if tokenizer is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from sslx.data.source import DataError, needs
-from sslx.vocabulary import NAMES, Vocabulary
+from sslx.vocabulary import IDS, NAMES, Vocabulary
 
 log = logging.getLogger("sslx")
 
@@ -35,8 +35,7 @@ def train_tokenizer(texts: Callable[[], Iterable[str]], size: int, kind: Kind = 
     models, pre = hugging("models"), hugging("pre_tokenizers")
     trainers, normal = hugging("trainers"), hugging("normalizers")
     decoders, Tokenizer = hugging("decoders"), hugging("tokenizers").Tokenizer
-    if size <= len(SPECIAL) + 256 * (kind == "bpe"):
-        raise DataError(f"a {kind} vocabulary of {size} holds no words: BERT has 30,522")
+    check_size(size, kind)
     if kind == "bpe":
         tokenizer, options = Tokenizer(models.BPE()), {"min_frequency": 2, "show_progress": False}
         tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
@@ -63,6 +62,15 @@ def train_tokenizer(texts: Callable[[], Iterable[str]], size: int, kind: Kind = 
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return tokenizer
+
+
+def check_size(size: int, kind: Kind) -> None:
+    """Raise DataError for a vocabulary without words, or of more than any text has."""
+    if not len(SPECIAL) + 256 * (kind == "bpe") < size <= IDS:
+        raise DataError(
+            f"a {kind} vocabulary of {size} ids: it needs words beside {SPECIAL[0]} and such, and "
+            f"has at most {IDS:,}; BERT has 30,522"
+        )
 
 
 def trained_wordpiece(texts, size: int) -> dict[str, int]:
