@@ -145,7 +145,7 @@ def test_memory_is_bounded_by_what_comes_out_of_a_gzip(tmp_path, monkeypatch):
     documents, tally = kept(tmp_path)
     assert documents == ROWS[:1]
     reasons = list(tally.dropped.values())
-    assert len(reasons) == 2 and all("more than 200 times its size" in x for x in reasons)
+    assert len(reasons) == 2 and all("it swells 200 times" in x for x in reasons)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt", "a.jsonl.gz", "a.json"])

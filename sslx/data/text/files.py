@@ -220,7 +220,9 @@ def inflated(path: str) -> Iterator[bytes]:
                         yield before.decompress(data[i : i + 1])
                 yield block
                 if (left := left - len(block)) < 0:
-                    raise zlib.error(f"it swells to more than {SWELL} times its size")
+                    raise zlib.error(
+                        f"it swells {SWELL} times, as no text does; if it is sound, unpack it"
+                    )
                 data, member = member.unused_data, None if member.eof else member
     if member:
         raise EOFError("it ends before its end mark")

@@ -91,8 +91,8 @@ class Job:
 
     def done(self, k: int) -> bool:
         """Whether shard k is there, whole, and of the files as they are."""
-        about = self.written(k)
-        return about is not None and about.get("inputs") == self.inputs(k)
+        about, inputs = self.written(k), self.inputs(k)
+        return about is not None and about.get("inputs", inputs) == inputs  # old ones have none
 
     def write(self, k: int, progress: Callable[[int], None] = lambda count: None) -> None:
         """Write part k as a shard, under another name until it is whole. Another process that

@@ -51,7 +51,7 @@ class Tokens(Source):
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(**self.manifest["vocabulary"])
+        return Vocabulary(**{name: self.manifest["vocabulary"][name] for name in IDS})
 
     @property
     def window(self) -> Window:
