@@ -646,8 +646,8 @@ def test_what_does_not_fit_is_said_before_any_record_is_read(done, corpus):
 
 
 def test_large_or_wrongly_labelled_text_is_refused(tmp_path, done, monkeypatch, caplog):
-    write_jsonl(tmp_path / "a.jsonl", ["cat"], label="animal")
-    with pytest.raises(DataError, match="label 'animal': labels are integers"):
+    write_jsonl(tmp_path / "a.jsonl", ["cat"], label=[1])
+    with pytest.raises(DataError, match=r"label \[1\]: labels are integers from 0, or words"):
         uri.open_uri(f"text:{tmp_path}/a.jsonl?tokenizer={done}")
     (tmp_path / "b.txt").write_bytes(b"\xff")
     write_jsonl(tmp_path / "b.jsonl", ["cat"])

@@ -187,13 +187,29 @@ def test_a_tokenizer_without_words_is_named(tmp_path, described, said):
         uri.open_uri(f"text:{path}?tokenizer={path}")
 
 
-@pytest.mark.parametrize("label", ["ant", 1.5, 2**40, -2, float("nan"), [1]])
+@pytest.mark.parametrize("label", [1.5, 2**40, float("nan"), [1], {"a": 1}])
 def test_labels_that_are_no_numbers_of_classes_are_named(done, tmp_path, label):
     path = tmp_path / "a.jsonl"
     write_jsonl(path, TEXTS[:2], label=label)
     with pytest.raises(DataError) as caught:
         uri.open_uri(f"text:{path}?tokenizer={done}")
     assert str(caught.value).startswith(f"{path}@0: label {label!r}: labels are integers from 0")
+
+
+def test_words_are_classes(done, tmp_path):
+    path = tmp_path / "a.jsonl"
+    labels = ["dog", "ant", None, "cat", "ant"]
+    path.write_text("".join(json.dumps({"text": "x", "label": x}) + "\n" for x in labels))
+    source = uri.open_uri(f"text:{path}?tokenizer={done}")
+    assert source.classes == ["ant", "cat", "dog"]
+    assert [source[i].get("label") for i in range(5)] == [2, 0, None, 1, 0]
+    with path.open("a") as file:
+        file.write('{"text": "x", "label": 3}\n')
+    with pytest.raises(DataError, match="label 3: labels are integers from 0, or words, in all"):
+        uri.open_uri(f"text:{path}?tokenizer={done}")
+    path.write_text('{"text": "x", "label": -1}\n{"text": "y", "label": 2}\n')
+    source = uri.open_uri(f"text:{path}?tokenizer={done}")
+    assert [source[i].get("label") for i in range(2)] == [None, 2] and source.classes == []
 
 
 def test_text_in_memory_is_bounded_by_what_comes_out(done, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import functools
 import logging
 import sys
 from dataclasses import dataclass
+from operator import index
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from sslx.vocabulary import Vocabulary
 
 log = logging.getLogger("sslx")
 
+BEYOND = 1 << 31  # labels are below
 SAMPLE = 64  # documents that are tokenized at once to see whether the tokenizer fits them
 
 
@@ -24,7 +26,8 @@ class Text(Source):
     """Documents tokenized as they are read, one a record, for probes on labelled text.
 
     `tokenizer` is a tokenizer.json, a folder with one, or the source whose tokenizer it is. The
-    text is held in memory; a larger set is for `sslx tokenize`. Labels: an integer column `label`.
+    text is held in memory; a larger set is for `sslx tokenize`. Labels are a column `label` of
+    integers, or of words, which are numbered in the order of the alphabet.
     """
 
     glob: str
@@ -34,7 +37,8 @@ class Text(Source):
     resident = True
 
     @functools.cached_property
-    def documents(self) -> list[Record]:
+    def read(self) -> list[Record]:
+        """The documents, each with its text, name and label as they stand in the files."""
         tally, documents, held = Tally(), [], 0
         [stretches], dropped = partition(files(self.glob), sys.maxsize)
         if sum(span.size for span in stretches) > RESIDENT:
@@ -61,15 +65,29 @@ class Text(Source):
             log.warning("dropped %s: it %s", name, reason)
         if (more := tally.counts["dropped"] - len(tally.dropped)) > 0:
             log.warning("dropped %d more of %s", more, self.glob)
-        for row in documents:
-            label = row.get("label")
-            if label is None:
-                row.pop("label", None)
-            elif not isinstance(label, int) or not -1 <= label < 1 << 31:
+        return documents
+
+    @functools.cached_property
+    def classes(self) -> list[str]:
+        """The words that are labels, whose numbers are their places; none if labels are numbers."""
+        return sorted({x for row in self.read if isinstance(x := row.get("label"), str)})
+
+    @functools.cached_property
+    def documents(self) -> list[Record]:
+        """The documents with labels from 0, and without one where it is null or below 0."""
+        documents, numbers = [], {word: k for k, word in enumerate(self.classes)}
+        for row in self.read:
+            label, row = row.get("label"), {name: row[name] for name in ("text", "name")}
+            try:
+                number = -1 if label is None else numbers[label] if numbers else index(label)
+            except (LookupError, TypeError):
+                number = BEYOND
+            if number >= BEYOND:
                 raise DataError(
-                    f"{row['name']}: label {label!r}: labels are integers from 0, number "
-                    "the classes"
+                    f"{row['name']}: label {label!r}: labels are integers from 0, or words, in all "
+                    "rows alike"
                 )
+            documents.append(row if number < 0 else row | {"label": number})
         return documents
 
     @property
