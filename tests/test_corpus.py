@@ -257,6 +257,10 @@ def test_a_tokenizer_covers_its_text_or_a_warning_says_what_to_do(
         assert share < 0.001 and not caplog.records
         return
     assert share > 0.2 and source.vocabulary.size == 300
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        f"{path}, first texts",  # before hours of work
+        out,
+    ]
     caplog.clear()
     source.check()  # before training, too
     uri.open_uri(f"text:{path}?tokenizer={out}")

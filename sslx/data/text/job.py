@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ PART = 8 << 20  # bytes of a part; doubled until there are at most PARTS
 PARTS = 512
 SAMPLE = 1 << 30  # characters that a tokenizer is trained on, spread over the corpus
 BATCH = 1 << 19  # characters encoded together
+FIRST = 64  # texts that are looked at before all
 COUNTS = ("documents", "tokens", "unknown", "windows", "segments", "empty", "dropped")
 
 
@@ -169,6 +171,14 @@ class Job:
         with alone(Path(self.out), 0):
             write_json(Path(self.out) / "manifest.json", manifest)
         return manifest
+
+    def check_cover(self) -> None:
+        """Log a warning, before anything is written, if the first texts have unknown tokens."""
+        given = list(islice(self.sample(), FIRST))
+        codes = tokenizer(self.out).encode_batch_fast(given, add_special_tokens=False)
+        ids = [i for code in codes for i in code.ids]
+        unknown = ids.count(vocabulary(self.out).unknown)
+        warn_of_unknown(f"{self.source}, first texts", unknown, len(ids))
 
     def sample(self) -> Iterator[str]:
         """Text to train a tokenizer on: of every part its beginning, SAMPLE characters in all."""

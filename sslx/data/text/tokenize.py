@@ -77,6 +77,8 @@ def tokenize(
     left = [k for k in todo if not job.done(k)]
     if changed := sum(job.written(k) is not None for k in left):
         log.warning("%s: %d parts are written again, for their files have changed", out, changed)
+    if left:
+        job.check_cover()
     run(
         job,
         left,

@@ -125,8 +125,9 @@ def warn_of_unknown(where: str, unknown: int, tokens: int) -> None:
     """Log a warning where the tokenizer does not know more than UNKNOWN of a text's tokens."""
     if unknown > UNKNOWN * tokens:
         log.warning(
-            "%s: %.0f %% of the tokens are unknown, for the tokenizer lacks their characters: take "
-            "one trained on such text, with a larger --vocab, or with --kind bpe, which spells all",
+            "%s: %.0f %% of the tokens are unknown, for the tokenizer lacks their characters, or "
+            "they are words of over 100: take one trained on such text, with a larger --vocab, or "
+            "with --kind bpe, which spells all",
             where,
             100 * unknown / tokens,
         )
