@@ -88,11 +88,11 @@ def test_a_parquet_file_without_a_footer_is_one_dropped_file(tmp_path, footer):
         ("a.txt", "text".encode("utf-16"), "is UTF-16: convert it with iconv"),
         ("a.jsonl", LINES[0].decode().encode("utf-16"), "is UTF-16: convert it with iconv"),
         ("a.json", LINES[0].decode().encode("utf-16"), "is UTF-16: convert it with iconv"),
-        ("a.jsonl", gzip.compress(LINES[0]), "is gzipped and not named .gz: rename it"),
-        ("a.txt", gzip.compress(b"text"), "is gzipped and not named .gz: rename it"),
-        ("a.jsonl.gz", LINES[0], "is not gzipped and named .gz: rename it"),
-        ("a.txt.gz", b"text", "is not gzipped and named .gz: rename it"),
-        ("a.json.gz", b"[]", "is not gzipped and named .gz: rename it"),
+        ("a.jsonl", gzip.compress(LINES[0]), "is gzipped: name it .gz"),
+        ("a.txt", gzip.compress(b"text"), "is gzipped: name it .gz"),
+        ("a.jsonl.gz", LINES[0], "is not gzipped, but named .gz"),
+        ("a.txt.gz", b"text", "is not gzipped, but named .gz"),
+        ("a.json.gz", b"[]", "is not gzipped, but named .gz"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_one_dropped_file(tmp_path, name, data, reason):

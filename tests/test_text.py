@@ -520,7 +520,7 @@ def test_bad_files_and_rows_are_counted_and_named(tmp_path, done):
         "latin.txt": "is not UTF-8 near byte 128: convert",
         "binary.txt": "is binary: a zero near byte 0",
         "cut.txt.gz": "is damaged: it ends before its end mark",
-        "fake.jsonl.gz": "is not gzipped and named .gz: rename it",
+        "fake.jsonl.gz": "is not gzipped, but named .gz",
         "fake.parquet": "is not Parquet",
         "column.parquet": "has no column `text` of strings, only body: string",
         "bytes.parquet#1": "is damaged: 'utf-8' codec",

@@ -22,6 +22,7 @@ from sslx.data.text.files import (
     Span,
     blocks,
     lines,
+    misnamed,
     parquet_file,
     suffix,
 )
@@ -47,6 +48,8 @@ class Tally:
 def fault(span: Span) -> str:
     """Why a span of plain text cannot be used, "" if it can: read ahead, so that a file which ends
     in rubbish is not half used."""
+    if reason := misnamed(span.path):
+        return reason
     decoder, seen, blank = codecs.getincrementaldecoder("utf-8-sig")(), span.begin, True
     try:
         for block in blocks(span):
@@ -91,6 +94,9 @@ def pieces(text: str) -> list[str]:
 def rows(span: Span, tally: Tally, columns: tuple[str, ...] = ("text",)) -> Iterator[Record]:
     """Rows of JSON or Parquet with a string `text` that is not blank, and their `name`."""
     read = parquet_rows if suffix(span.path) == ".parquet" else json_rows
+    if read is json_rows and (reason := misnamed(span.path)):
+        tally.drop(where(span), reason)
+        return
     seen = kept = 0
     try:
         for name, row in read(span, columns):
@@ -105,6 +111,11 @@ def rows(span: Span, tally: Tally, columns: tuple[str, ...] = ("text",)) -> Iter
     else:
         if not (seen or span.begin):
             tally.drop(span.path, "is empty")
+
+
+def where(span: Span) -> str:
+    """The name of a span, for messages."""
+    return f"{span.path}@{span.begin}" if span.begin else span.path
 
 
 def lack(row: Any) -> str:
@@ -183,7 +194,7 @@ def texts(span: Span, tally: Tally) -> Iterator[tuple[str, bool]]:
     if reason == "is empty" and not begins:
         return  # the middle of one long line, or blank lines
     if reason:
-        tally.drop(span.path if begins else f"{span.path}@{span.begin}", reason)
+        tally.drop(where(span), reason)
         return
     tally.counts["documents"] += begins
     for k, piece in enumerate(plain(span)):

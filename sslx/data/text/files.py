@@ -70,7 +70,8 @@ def files(source: str) -> list[str]:
 
 def suffix(path: str) -> str:
     """The one of SUFFIXES that a name ends with, in whatever case; "" if it has another."""
-    return next((known for known in SUFFIXES if path.lower().endswith(known)), "")
+    name = path.lower()
+    return next((known for known in SUFFIXES if name.endswith(known)), "")
 
 
 def size_of(path: str) -> int:
@@ -95,35 +96,11 @@ def spans(path: str, size: int) -> list[Span]:
         raise DataError(f"is none of {', '.join(SUFFIXES)}")
     if kind == ".parquet":
         return parquet_spans(path, size)
-    check_start(path, kind)
-    if kind in (".json", ".json.gz"):
-        check_rows(Span(path, 0, length, length))
     if kind.endswith(".gz"):
         return [Span(path, 0, length, 3 * length)]  # cannot be entered in the middle
     begins = range(0, length, size) or [0]
     ends = [min(begin + size, length) for begin in begins]
     return [Span(path, b, e, e - b) for b, e in zip(begins, ends, strict=True)]
-
-
-def check_start(path: str, kind: str) -> None:
-    """Raise DataError for a file that is not written as its name says."""
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise DataError("is UTF-16: convert it with iconv -f UTF-16 -t UTF-8")
-    if start and (start == b"\x1f\x8b") != kind.endswith(".gz"):
-        is_ = "is not gzipped and" if kind.endswith(".gz") else "is gzipped and not"
-        raise DataError(f"{is_} named .gz: rename it")
-
-
-def check_rows(span: Span) -> None:
-    """Raise DataError for a file of JSON that is one document, and not one in each line."""
-    start, lines = b"", blocks(span)
-    with contextlib.suppress(*DAMAGED):  # its rows say so
-        start = next(lines, b"").removeprefix(codecs.BOM_UTF8).lstrip()
-    line, more, _ = start.partition(b"\n")
-    if line and not (line.startswith(b"{") and (not more or line.rstrip().endswith(b"}"))):
-        raise DataError("is one JSON document, not one in each line: jq -c '.[]' cuts an array")
 
 
 def parquet_file(path: str):
@@ -226,6 +203,28 @@ def inflated(path: str) -> Iterator[bytes]:
                 data, member = member.unused_data, None if member.eof else member
     if member:
         raise EOFError("it ends before its end mark")
+
+
+def misnamed(path: str) -> str:
+    """Why a file is not written as its name says, "" if it is."""
+    kind = suffix(path)
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "is UTF-16: convert it with iconv -f UTF-16 -t UTF-8"
+    if start and (start == b"\x1f\x8b") != kind.endswith(".gz"):
+        return (
+            "is not gzipped, but named .gz" if kind.endswith(".gz") else "is gzipped: name it .gz"
+        )
+    if kind not in (".json", ".json.gz"):
+        return ""
+    block = b""
+    with contextlib.suppress(*DAMAGED):  # its rows say so
+        block = next(blocks(Span(path, 0, BLOCK, BLOCK)), b"")
+    line, more, _ = block.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
+    if not line or (line.startswith(b"{") and (not more or line.rstrip().endswith(b"}"))):
+        return ""
+    return "is one JSON document, not one in each line: jq -c '.[]' cuts an array"
 
 
 def lines(span: Span) -> Iterator[tuple[int, bytes | None]]:
