@@ -14,6 +14,8 @@ config(), a.b.c=value replaces along a path of it; `sslx show RECIPE` prints eve
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; errors that a user can mend are one line, `--traceback` shows the rest."""
+    with contextlib.suppress(AttributeError):  # names of files that are no text, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     root = parser()
     arguments, rest = root.parse_known_args(argv)  # argparse ends name=value at the first flag
     if bad := [x for x in rest if x.startswith("-") or "overrides" not in arguments]:
@@ -78,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
     recipe(import_added, "--recipe", help="default: the model's own")
     tokenize_ = command(tokenize, "turn text into windows of tokens, once; interrupted, it goes on")
     tokenize_.add_argument(
-        "source", metavar="SOURCE", help="a folder, file or glob of .txt, .jsonl (.gz), .parquet"
+        "source",
+        metavar="SOURCE",
+        help="a folder, file or glob of .txt, .jsonl, .json (.gz), .parquet",
     )
     tokenize_.add_argument("out", metavar="OUT", help="then tokens:OUT is a source")
     which = tokenize_.add_mutually_exclusive_group()
@@ -192,7 +196,7 @@ def tokenize(arguments) -> None:
     from sslx.data.text import tokenize
 
     index, slash, count = arguments.process.partition("/")
-    if not (slash and index.isdigit() and count.isdigit()):
+    if not (slash and index.isdecimal() and count.isdecimal()):
         raise ValueError(f"--process {arguments.process} is written I/N, as in 0/8")
     console = Console(stderr=True)
     columns = [TextColumn("{task.description}"), BarColumn(None), DownloadColumn()]

@@ -26,7 +26,8 @@ from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
 from sslx.data.source import DataError
 from sslx.data.text import pydocs
-from sslx.data.text.corpus import Tally, blocks, parquet_rows, pieces, spans, texts
+from sslx.data.text.corpus import Tally, parquet_rows, pieces, texts
+from sslx.data.text.files import blocks, spans
 from sslx.data.text.tokenize import Job, run, tokenize
 from sslx.data.text.tokenizers import tokenizer, train_tokenizer, vocabulary
 from sslx.data.text.windows import Window, packed, record
@@ -303,7 +304,7 @@ def test_killed_in_worker_processes_it_goes_on(corpus, done, tmp_path):
     out = tmp_path / "out"
     words = ("tokenize", big, out, "--tokenizer", done, "--length", L, "--workers", 2)
     code = (
-        "import sys; from sslx.data.text import tokenize; tokenize.PART = 100_000\n"
+        "import sys; from sslx.data.text import job; job.PART = 100_000\n"
         "from sslx.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     process = start(*words, code=code)
@@ -340,10 +341,10 @@ def test_the_same_command_twice_at_once_does_each_part_once(done, tmp_path):
     write_jsonl(big, DOCUMENTS * 60)
     words = ("tokenize", big, out, "--tokenizer", done, "--length", L, "--workers", 0)
     code = (
-        "import sys; from sslx.cli import main; from sslx.data.text import tokenize\n"
-        "tokenize.PART, write = 100_000, tokenize.Job.write_alone\n"
+        "import sys; from sslx.cli import main; from sslx.data.text import job\n"
+        "job.PART, write = 100_000, job.Job.write_alone\n"
         "def told(job, k, said): print('part', k); write(job, k, said)\n"
-        "tokenize.Job.write_alone = told; sys.exit(main(sys.argv[1:]))"
+        "job.Job.write_alone = told; sys.exit(main(sys.argv[1:]))"
     )
     both = [start(*words, code=code) for _ in range(2)]
     try:
@@ -513,13 +514,13 @@ def test_bad_files_and_rows_are_counted_and_named(tmp_path, done):
         "rows.jsonl@50": "is damaged: 'utf-8' codec",
         "rows.jsonl@64": "has no `text`",
         "rows.jsonl@77": "is damaged: 'utf-8' codec",
-        "rows.jsonl@96": "is damaged",
+        "rows.jsonl@96": "is no object with a `text`, but of type list",
         "empty.txt": "is empty",
         "blank.txt": "is empty",
         "latin.txt": "is not UTF-8 near byte 128: convert",
         "binary.txt": "is binary: a zero near byte 0",
-        "cut.txt.gz": "is damaged: Compressed file ended",
-        "fake.jsonl.gz": "is damaged, what comes before is kept: Not a gzipped",
+        "cut.txt.gz": "is damaged: it ends before its end mark",
+        "fake.jsonl.gz": "is not gzipped, but named .gz",
         "fake.parquet": "is not Parquet",
         "column.parquet": "has no column `text` of strings, only body: string",
         "bytes.parquet#1": "is damaged: 'utf-8' codec",
@@ -546,7 +547,7 @@ def test_command_names_what_it_dropped(tmp_path, done, capsys):
     ]
     assert main(words) == 0
     said, warned = capsys.readouterr()
-    assert f"dropped {tmp_path}/in/b.txt: is binary" in warned.replace("\n", "")
+    assert f"dropped {tmp_path}/in/b.txt: is UTF-16: convert it" in warned.replace("\n", "")
     assert "9 documents" in said and f"windows of {L}" in said
     assert main([*words, "--process", "3/2"]) == 1
     assert "process 3 of 2" in capsys.readouterr().err
@@ -645,8 +646,8 @@ def test_what_does_not_fit_is_said_before_any_record_is_read(done, corpus):
 
 
 def test_large_or_wrongly_labelled_text_is_refused(tmp_path, done, monkeypatch, caplog):
-    write_jsonl(tmp_path / "a.jsonl", ["cat"], label="animal")
-    with pytest.raises(DataError, match="label 'animal': labels are integers"):
+    write_jsonl(tmp_path / "a.jsonl", ["cat"], label=[1])
+    with pytest.raises(DataError, match=r"label \[1\]: labels are integers from 0, or words"):
         uri.open_uri(f"text:{tmp_path}/a.jsonl?tokenizer={done}")
     (tmp_path / "b.txt").write_bytes(b"\xff")
     write_jsonl(tmp_path / "b.jsonl", ["cat"])

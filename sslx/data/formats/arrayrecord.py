@@ -2,15 +2,22 @@
 
 import functools
 import io
+import os
+import resource
 import struct
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from sslx.data.source import DataError, Record, Source, matches, needs, place
+
+READERS = 16  # files counted at once, for disks that are far
+ALLOWED, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # files that a process may open
+OPEN = min(ALLOWED // 2, 4096) if ALLOWED > 0 else 4096
 
 
 @dataclass(frozen=True)
@@ -48,19 +55,31 @@ class ArrayRecord(Source):
         return record if label < 0 else record | {"label": label}
 
 
-class Shards:
-    """The bytes of ArrayRecord files, numbered through. Raises DataError if one is damaged."""
+class Shard(NamedTuple):
+    """A stretch of an ArrayRecord file, as it was at `time`."""
 
-    def __init__(self, paths: list[str]):
-        reader = needs("array_record.python.array_record_data_source", "array_record")
-        self.paths, self.readers, lengths = paths, [], []
-        for path in paths:
-            try:
-                self.readers.append(reader.ArrayRecordDataSource([path]))
-                lengths.append(len(self.readers[-1]))
-            except (RuntimeError, ValueError) as error:
-                raise DataError(f"{path} is not ArrayRecord, or damaged: {error}") from error
-        self.ends = np.cumsum(lengths).tolist()  # of each file, in records
+    path: str
+    begin: int
+    end: int
+    time: int
+
+
+class Shards:
+    """The bytes of ArrayRecord files, or of stretches of them, numbered through.
+
+    Raises DataError if a file is damaged.
+    """
+
+    def __init__(self, parts: Sequence[str | Shard]):
+        with ThreadPoolExecutor(READERS) as pool:
+            self.parts = list(pool.map(counted, parts))
+        self.ends = np.cumsum([part.end - part.begin for part in self.parts]).tolist()
+
+    def __len__(self):
+        return self.ends[-1]
+
+    def __getitems__(self, indices: list[int]) -> list[bytes]:
+        return [data for data, _ in self.read(indices)]
 
     def read(self, indices: list[int]) -> list[tuple[bytes, str]]:
         """Records and their names. A call to a reader costs 2 us for 1,000 records of its file."""
@@ -68,9 +87,40 @@ class Shards:
         for k, row in (place(self.ends, index) for index in indices):
             rows[k].append(row)
         for k, wanted in rows.items():
-            for row, data in zip(wanted, self.readers[k].__getitems__(wanted), strict=True):
-                records[k, row] = data, f"{self.paths[k]}#{row}"
+            part = self.parts[k]
+            reader = opened(part.path, part.time)
+            for row, data in zip(
+                wanted, reader.read([part.begin + r for r in wanted]), strict=True
+            ):
+                records[k, row] = data, f"{part.path}#{part.begin + row}"
         return [records[place(self.ends, index)] for index in indices]
+
+
+def reader(path: str):
+    os.stat(path)  # a lost file is an OSError, which the reader's own is not
+    module = needs("array_record.python.array_record_module", "array_record")
+    options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}
+    return module.ArrayRecordReader(os.fsencode(path), **options)
+
+
+@functools.lru_cache(maxsize=OPEN)
+def opened(path: str, time: int):
+    """The reader of a file; those used last stay open. A file that was written anew is another."""
+    del time
+    return reader(path)
+
+
+def counted(path: str | Shard) -> Shard:
+    """A file with all its records; it is closed again."""
+    if isinstance(path, Shard):
+        return path
+    file, time = reader(path), os.stat(path).st_mtime_ns
+    try:
+        records = file.num_records()
+        file.close()  # which raises what went wrong before
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"{path} is not ArrayRecord, or damaged: {error}") from error
+    return Shard(path, 0, records, time)
 
 
 def write_arrayrecord(source: Iterable[Record] | Source, path: str, shards: int = 1) -> list[str]:

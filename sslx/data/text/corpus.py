@@ -1,40 +1,34 @@
-"""A corpus: files -> spans of them -> the documents that begin there, in pieces.
+"""A corpus: spans of files -> the documents that begin there, in pieces.
 
-A document is a row of .jsonl or .parquet (string `text`), or a whole .txt file; both text formats
-may be .gz. What cannot be read is dropped and named, with the reason, in a Tally.
+A document is a row of .jsonl, .json or .parquet (string `text`), or a whole .txt file; all but
+Parquet may be .gz. What cannot be read is dropped and named, with the reason, in a Tally.
 """
 
 import codecs
-import gzip
 import json
-import os
 import re
-import sys
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
-from sslx.data.source import DataError, Record, matches, needs
+from sslx.data.source import Record, needs
+from sslx.data.text.files import (
+    BLOCK,
+    DAMAGED,
+    PLAIN,
+    ROW,
+    Span,
+    blocks,
+    lines,
+    misnamed,
+    parquet_file,
+    suffix,
+)
 
-GROUP = 8  # parts of a row group at most: each reads it from its beginning
-BLOCK = 1 << 20  # bytes read at once
 PIECE = 1 << 16  # characters of a longer document encoded at once
-ROW = 1 << 28  # bytes of a line of .jsonl at most
 NAMED = 100  # dropped records named for each shard; all are counted
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stretch of a file: bytes, or rows of Parquet. `size` is about its bytes of text."""
-
-    path: str
-    begin: int
-    end: int
-    size: int
 
 
 @dataclass
@@ -46,102 +40,16 @@ class Tally:
 
     def drop(self, name: str, reason: str) -> None:
         self.counts["dropped"] += 1
+        self.counts["empty"] += reason == "is empty"
         if len(self.dropped) < NAMED:
             self.dropped[name] = reason
-
-
-def files(source: str) -> list[str]:
-    """A file, the files of a glob, or all under a folder but hidden ones; sorted."""
-    root = os.path.expanduser(source)
-    if not os.path.isdir(root):
-        return matches("text", source)
-    paths = []
-    for folder, inner, names in os.walk(root):
-        inner[:] = [name for name in inner if name[0] != "."]
-        paths += [os.path.join(folder, name) for name in names if name[0] != "."]
-    if not paths:
-        raise DataError(f"{root} is an empty folder")
-    return sorted(paths)
-
-
-def spans(path: str, size: int) -> list[Span]:
-    """A file in stretches of at most `size` where it can be cut. Raises DataError if unreadable."""
-    length = os.path.getsize(path)
-    if not path.endswith(SUFFIXES):
-        raise DataError(f"is none of {', '.join(SUFFIXES)}")
-    if path.endswith(".gz"):
-        return [Span(path, 0, length, 3 * length)]  # cannot be entered in the middle
-    if not path.endswith(".parquet"):
-        begins = range(0, length, size) or [0]
-        ends = [min(begin + size, length) for begin in begins]
-        return [Span(path, b, e, e - b) for b, e in zip(begins, ends, strict=True)]
-    arrow = needs("pyarrow", "pyarrow")
-    try:
-        with needs("pyarrow.parquet", "pyarrow").ParquetFile(path) as file:
-            schema, footer = file.schema_arrow, file.metadata
-    except arrow.ArrowInvalid as error:
-        raise DataError(f"is not Parquet, or damaged: {error}") from error
-    k = schema.get_field_index("text")
-    if k < 0 or schema.field(k).type not in (arrow.string(), arrow.large_string()):
-        columns = ", ".join(f"{c.name}: {c.type}" for c in schema)
-        raise DataError(f"has no column `text` of strings, only {columns}")
-    leaves = [footer.schema.column(i).path for i in range(footer.num_columns)]
-    stretches, at = [], 0
-    for group in map(footer.row_group, range(footer.num_row_groups)):
-        n, held = group.num_rows, group.column(leaves.index("text")).total_uncompressed_size
-        few = max(1, min(n, GROUP, -(-held // size)))
-        cuts = [at + n * i // few for i in range(few + 1)]
-        stretches += [Span(path, *ends, held // few) for ends in pairwise(cuts)]
-        at += n
-    return stretches or [Span(path, 0, 0, 0)]
-
-
-def partition(paths: list[str], size: int) -> tuple[list[list[Span]], dict[str, str]]:
-    """Consecutive spans of together at most `size`, and the files that cannot be read."""
-    parts, filled, dropped = [[]], 0, {}
-    for path in paths:
-        try:
-            stretches = spans(path, size)
-        except DataError as error:
-            dropped[path] = str(error)
-            continue
-        for span in stretches:
-            if parts[-1] and filled + span.size > size:
-                parts.append([])
-                filled = 0
-            parts[-1].append(span)
-            filled += span.size
-    return parts, dropped
-
-
-def first(span: Span) -> int:
-    """Where the first line begins that begins within the span, or after it."""
-    if not span.begin:
-        return 0
-    with open(span.path, "rb") as file:
-        file.seek(span.begin - 1)
-        while (line := file.readline(BLOCK)) and not line.endswith(b"\n"):
-            pass
-        return file.tell()
-
-
-def blocks(span: Span) -> Iterator[bytes]:
-    """The lines that begin within the span, BLOCK bytes at a time."""
-    gzipped = span.path.endswith(".gz")
-    with (gzip.open if gzipped else open)(span.path, "rb") as file:
-        file.seek(first(span))
-        data, left = b"\n", sys.maxsize if gzipped else span.end - file.tell()
-        while left > 0 and (data := file.read(min(BLOCK, left))):
-            left -= len(data)
-            yield data
-        while data and not data.endswith(b"\n"):
-            data = file.readline(BLOCK)
-            yield data
 
 
 def fault(span: Span) -> str:
     """Why a span of plain text cannot be used, "" if it can: read ahead, so that a file which ends
     in rubbish is not half used."""
+    if reason := misnamed(span.path):
+        return reason
     decoder, seen, blank = codecs.getincrementaldecoder("utf-8-sig")(), span.begin, True
     try:
         for block in blocks(span):
@@ -152,7 +60,7 @@ def fault(span: Span) -> str:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         return f"is not UTF-8 near byte {seen + error.start}: convert it with iconv"
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except DAMAGED as error:
         return f"is damaged: {error}"
     return "is empty" if blank else ""
 
@@ -184,45 +92,72 @@ def pieces(text: str) -> list[str]:
 
 
 def rows(span: Span, tally: Tally, columns: tuple[str, ...] = ("text",)) -> Iterator[Record]:
-    """Rows of .jsonl or .parquet with a string `text` that is not blank, and their `name`."""
-    read = parquet_rows if span.path.endswith(".parquet") else json_rows
+    """Rows of JSON or Parquet with a string `text` that is not blank, and their `name`."""
+    read = parquet_rows if suffix(span.path) == ".parquet" else json_rows
+    if read is json_rows and (reason := misnamed(span.path)):
+        tally.drop(where(span), reason)
+        return
+    seen = kept = 0
     try:
         for name, row in read(span, columns):
-            text = row.get("text") if isinstance(row, dict) else row
-            if not isinstance(text, str):
-                reason = f"is damaged: {text}" if isinstance(text, Exception) else "has no `text`"
+            seen += 1
+            if reason := lack(row):
                 tally.drop(name, reason)
-            elif not text.strip():
-                tally.counts["empty"] += 1
-                tally.drop(name, "is empty")
-            else:
-                yield {column: row.get(column) for column in columns} | {"name": name}
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        tally.drop(span.path, f"is damaged, what comes before is kept: {error}")
+                continue
+            kept += 1
+            yield {column: row.get(column) for column in columns} | {"name": name}
+    except DAMAGED as error:
+        tally.drop(span.path, f"is damaged, the {kept:,} rows before that are kept: {error}")
+    else:
+        if not (seen or span.begin):
+            tally.drop(span.path, "is empty")
+
+
+def where(span: Span) -> str:
+    """The name of a span, for messages."""
+    return f"{span.path}@{span.begin}" if span.begin else span.path
+
+
+def lack(row: Any) -> str:
+    """Why a row is no document, "" if it is one."""
+    if isinstance(row, Exception):
+        return f"is damaged: {row}"
+    if not isinstance(row, dict):
+        return f"is no object with a `text`, but of type {type(row).__name__}"
+    if not isinstance(row.get("text"), str):
+        had = ", ".join(f"{name}: {type(value).__name__}" for name, value in row.items())
+        return f"has no `text` that is a string, only {had[:200] or 'nothing'}"
+    return "" if row["text"].strip() else "is empty"
 
 
 def json_rows(span: Span, columns) -> Iterator[tuple[str, Any]]:
     del columns
-    at, rest = first(span), b""
-    for block in chain(blocks(span), [b"\n"]):
-        *lines, rest = (rest + block).split(b"\n")
-        if len(rest) > ROW:
-            yield f"{span.path}@{at}", ValueError(f"a line of more than {ROW >> 20} MiB")
-            return
-        for line in lines:
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                    str(row.get("text")).encode()  # fails on half of a surrogate pair
-                except (ValueError, AttributeError) as error:
-                    row = error
-                yield f"{span.path}@{at}", row
-            at += len(line) + 1
+    for at, line in lines(span):
+        if line is None or line.strip():
+            yield f"{span.path}@{at}", json_row(line)
+
+
+def json_row(line: bytes | None) -> Any:
+    """What a line of JSON says, or an exception that says what is wrong with it."""
+    if line is None:
+        return ValueError(f"a line of more than {ROW >> 20} MiB")
+    try:
+        row = json.loads(line.decode("utf-8-sig"))  # bytes would be read as UTF-16, too
+        if isinstance(row, dict):
+            str(row.get("text")).encode()  # fails on half of a surrogate pair
+        return row
+    except json.JSONDecodeError as error:
+        near = error.doc[max(0, error.pos - 10) :][:30]
+        return ValueError(f"{error.msg} at character {error.pos}, near {near!r}")
+    except RecursionError:
+        return ValueError("it is nested too deeply")
+    except ValueError as error:
+        return error
 
 
 def parquet_rows(span: Span, columns) -> Iterator[tuple[str, Any]]:
-    arrow, reader = needs("pyarrow", "pyarrow"), needs("pyarrow.parquet", "pyarrow").ParquetFile
-    with reader(span.path, buffer_size=BLOCK, pre_buffer=False) as file:
+    arrow = needs("pyarrow", "pyarrow")
+    with parquet_file(span.path) as file:
         columns = [c for c in columns if c in file.schema_arrow.names]
         few = max(1, min(1024, 4 * BLOCK * (span.end - span.begin) // max(1, span.size)))
         ends = accumulate(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))
@@ -240,15 +175,16 @@ def parquet_rows(span: Span, columns) -> Iterator[tuple[str, Any]]:
                     at += batch.num_rows
                     if at >= span.end:
                         break
-            except (arrow.ArrowInvalid, OSError) as error:  # pages that do not unpack
+            except (arrow.ArrowException, OSError) as error:  # pages that do not unpack
                 if getattr(error, "errno", None):
                     raise
-                yield f"{span.path}#{at}", error
+                for i in range(max(at, span.begin), min(end, span.end)):
+                    yield f"{span.path}#{i}", error
 
 
 def texts(span: Span, tally: Tally) -> Iterator[tuple[str, bool]]:
     """Pieces of documents, and whether a document begins with this one."""
-    if not span.path.endswith((".txt", ".txt.gz")):
+    if suffix(span.path) not in PLAIN:
         for row in rows(span, tally):
             tally.counts["documents"] += 1
             for k, piece in enumerate(pieces(row["text"])):
@@ -258,8 +194,7 @@ def texts(span: Span, tally: Tally) -> Iterator[tuple[str, bool]]:
     if reason == "is empty" and not begins:
         return  # the middle of one long line, or blank lines
     if reason:
-        tally.counts["empty"] += reason == "is empty"
-        tally.drop(span.path if begins else f"{span.path}@{span.begin}", reason)
+        tally.drop(where(span), reason)
         return
     tally.counts["documents"] += begins
     for k, piece in enumerate(plain(span)):

@@ -2,19 +2,23 @@
 
 import functools
 import logging
-import os
 import sys
 from dataclasses import dataclass
+from operator import index
 
 import numpy as np
 
 from sslx.data.source import RESIDENT, DataError, Record, Source
-from sslx.data.text.corpus import Tally, fault, files, plain, rows, spans
-from sslx.data.text.tokenizers import tokenizer, vocabulary
+from sslx.data.text.corpus import Tally, fault, plain, rows
+from sslx.data.text.files import PLAIN, files, partition, suffix
+from sslx.data.text.tokenizers import tokenizer, vocabulary, warn_of_unknown
 from sslx.data.text.windows import same_vocabulary, width
 from sslx.vocabulary import Vocabulary
 
 log = logging.getLogger("sslx")
+
+BEYOND = 1 << 31  # labels are below
+SAMPLE = 64  # documents that are tokenized at once to see whether the tokenizer fits them
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class Text(Source):
     """Documents tokenized as they are read, one a record, for probes on labelled text.
 
     `tokenizer` is a tokenizer.json, a folder with one, or the source whose tokenizer it is. The
-    text is held in memory; a larger set is for `sslx tokenize`. Labels: an integer column `label`.
+    text is held in memory; a larger set is for `sslx tokenize`. Labels are a column `label` of
+    integers, or of words, which are numbered in the order of the alphabet.
     """
 
     glob: str
@@ -32,35 +37,65 @@ class Text(Source):
     resident = True
 
     @functools.cached_property
-    def documents(self) -> list[Record]:
-        paths, tally, documents = files(self.glob), Tally(), []
-        size = sum(map(os.path.getsize, paths))
-        if size > RESIDENT:
-            raise DataError(f"{self.glob} holds {size >> 20} MiB: `sslx tokenize` it, tokens:DIR")
-        for path in paths:
-            try:
-                stretches = spans(path, sys.maxsize)
-            except DataError as error:
-                tally.drop(path, str(error))
-                continue
-            for span in stretches:
-                if not path.endswith((".txt", ".txt.gz")):
-                    documents += rows(span, tally, ("text", "label"))
-                elif reason := fault(span):
-                    tally.drop(path, reason)
-                else:
-                    documents.append({"text": "".join(plain(span)), "name": path})
+    def read(self) -> list[Record]:
+        """The documents, each with its text, name and label as they stand in the files."""
+        tally, documents, held = Tally(), [], 0
+        [stretches], dropped = partition(files(self.glob), sys.maxsize)
+        if sum(span.size for span in stretches) > RESIDENT:
+            raise self.too_large
+
+        def kept(text: str) -> str:  # a .gz file may hold far more than its size
+            nonlocal held
+            if (held := held + len(text)) > RESIDENT:
+                raise self.too_large
+            return text
+
+        for span in stretches:
+            if suffix(span.path) not in PLAIN:
+                found = rows(span, tally, ("text", "label"))
+                documents += (row | {"text": kept(row["text"])} for row in found)
+            elif reason := fault(span):
+                tally.drop(span.path, reason)
+            else:
+                text = "".join(map(kept, plain(span)))
+                documents.append({"text": text, "name": span.path})
+        for path, reason in dropped.items():
+            tally.drop(path, reason)
         for name, reason in tally.dropped.items():
             log.warning("dropped %s: it %s", name, reason)
         if (more := tally.counts["dropped"] - len(tally.dropped)) > 0:
             log.warning("dropped %d more of %s", more, self.glob)
-        for row in documents:
-            label = row.get("label")
-            if label is None:
-                row.pop("label", None)
-            elif not isinstance(label, int):
-                raise DataError(f"{row['name']}: label {label!r}: labels are integers from 0")
         return documents
+
+    @functools.cached_property
+    def classes(self) -> list[str]:
+        """The words that are labels, whose numbers are their places; none if labels are numbers."""
+        return sorted({x for row in self.read if isinstance(x := row.get("label"), str)})
+
+    @functools.cached_property
+    def documents(self) -> list[Record]:
+        """The documents with labels from 0, and without one where it is null or below 0."""
+        documents, numbers = [], {word: k for k, word in enumerate(self.classes)}
+        for row in self.read:
+            label, row = row.get("label"), {name: row[name] for name in ("text", "name")}
+            try:
+                number = -1 if label is None else numbers[label] if numbers else index(label)
+            except (LookupError, TypeError):
+                number = BEYOND
+            if number >= BEYOND:
+                raise DataError(
+                    f"{row['name']}: label {label!r}: labels are integers from 0, or words, in all "
+                    "rows alike"
+                )
+            documents.append(row if number < 0 else row | {"label": number})
+        return documents
+
+    @property
+    def too_large(self) -> DataError:
+        return DataError(
+            f"{self.glob} holds more than {RESIDENT >> 20} MiB of text: `sslx tokenize` it, and "
+            "read tokens:DIR"
+        )
 
     @property
     def path(self) -> str:
@@ -71,8 +106,11 @@ class Text(Source):
         return vocabulary(self.path)
 
     def check(self):
-        _ = self.vocabulary
+        unknown = self.vocabulary.unknown
         super().check()
+        few = self.records(list(range(0, len(self), -(-len(self) // SAMPLE))))
+        ids = np.concatenate([record["tokens"][1:-1] for record in few])
+        warn_of_unknown(self.glob, int((ids == unknown).sum()), len(ids))
 
     def suits(self, decode):
         super().suits(decode)

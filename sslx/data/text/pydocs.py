@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sslx.data.source import DataError, Source
+from sslx.data.text.folder import writing
 from sslx.data.text.tokenize import tokenize
 from sslx.data.text.tokenizers import digest
 from sslx.data.text.tokens import Tokens
@@ -86,7 +87,8 @@ def tokenize_pydocs(folder: Path, vocabulary_size: int, length: int) -> None:
     try:
         for name, text in python_documents():
             split = "train" if int(digest(name.encode())[:8], 16) % 10 else "test"
-            with open(new / f"{split}.jsonl", "a", encoding="utf-8") as file:
+            path = new / f"{split}.jsonl"
+            with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"text": text}) + "\n")
         kept = {"length": length, "workers": 0}
         tokenize(f"{new}/train.jsonl", f"{new}/train", vocabulary_size=vocabulary_size, **kept)

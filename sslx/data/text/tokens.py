@@ -1,19 +1,26 @@
 """Windows of tokens that `sslx tokenize` wrote, for training."""
 
 import functools
-import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sslx.data.formats.arrayrecord import Shards
+from sslx.data.formats.arrayrecord import Shard, Shards
 from sslx.data.source import DataError, Source
-from sslx.data.text.tokenizers import tokenizer_digest, tokenizer_file
+from sslx.data.text.folder import read_json
+from sslx.data.text.tokenizers import tokenizer_digest, tokenizer_file, warn_of_unknown
 from sslx.data.text.windows import Window, same_vocabulary, width
 from sslx.vocabulary import Vocabulary
+
+AGAIN = "run the same `sslx tokenize` again, which writes it anew"
+KINDS = {"length": int, "tokenizer": str, "vocabulary": dict, "counts": dict, "shards": list}
+IDS = dict.fromkeys((field.name for field in fields(Vocabulary)), int)
+COUNTED = {"tokens": int, "unknown": int}
+SHARD = {"name": str, "bytes": int, "windows": int}
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Tokens(Source):
     def manifest(self) -> dict[str, Any]:
         file = Path(self.folder) / "manifest.json"
         if file.exists():
-            return json.loads(file.read_text())
+            return checked(file)
         if (Path(self.folder) / "job.json").exists():
             raise DataError(f"{self.folder} is unfinished: run the same `sslx tokenize` again")
         raise DataError(f"{file} is missing: name a folder that `sslx tokenize` wrote")
@@ -44,7 +51,7 @@ class Tokens(Source):
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(**self.manifest["vocabulary"])
+        return Vocabulary(**{name: self.manifest["vocabulary"][name] for name in IDS})
 
     @property
     def window(self) -> Window:
@@ -53,7 +60,14 @@ class Tokens(Source):
 
     @functools.cached_property
     def shards(self) -> Shards:
-        return Shards([os.path.join(self.folder, row["name"]) for row in self.manifest["shards"]])
+        """Opened when they are read, and only so many at a time."""
+        time = os.stat(os.path.join(self.folder, "manifest.json")).st_mtime_ns
+        return Shards(
+            [
+                Shard(os.path.join(self.folder, row["name"]), 0, row["windows"], time)
+                for row in self.manifest["shards"]
+            ]
+        )
 
     @functools.cached_property
     def total(self) -> int:
@@ -74,6 +88,8 @@ class Tokens(Source):
                 f"{tokenizer_file(self.folder)} is not the tokenizer that these windows were "
                 "written with: put that one back, or tokenize again"
             )
+        counts = self.manifest["counts"]
+        warn_of_unknown(self.folder, counts["unknown"], counts["tokens"])
 
     def suits(self, decode):
         super().suits(decode)
@@ -98,3 +114,24 @@ class Tokens(Source):
             n = 1 + int(codes[0])
             records.append({"tokens": codes[n:], "starts": codes[1:n], "name": name})
         return records
+
+
+def checked(file: Path) -> dict[str, Any]:
+    """A manifest. Raises DataError where a field is missing or of another type."""
+
+    def check(where: str, row: Any, kinds: Mapping[str, type]) -> None:
+        for name, kind in kinds.items():
+            value = row.get(name) if isinstance(row, dict) else row
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise DataError(
+                    f"{file} has {where}{name}={value!r:.60} where {kind.__name__} is expected: "
+                    f"{AGAIN}"
+                )
+
+    manifest = read_json(file, AGAIN)
+    check("", manifest, KINDS)
+    check("vocabulary.", manifest["vocabulary"], IDS)
+    check("counts.", manifest["counts"], COUNTED)
+    for i, row in enumerate(manifest["shards"]):
+        check(f"shards[{i}].", row, SHARD)
+    return manifest
