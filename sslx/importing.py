@@ -61,8 +61,8 @@ def check_channels(
     seen = jax.eval_shape(config.views.eval, new_key(config), abstract_batch(config, mesh))
     if model.channels and "image" in seen and seen["image"].shape[-1] != model.channels:
         raise ValueError(
-            f"the model in {source} reads pictures of {model.channels} channels, and those of the "
-            f"recipe have {seen['image'].shape[-1]}."
+            f"the model of {source} reads pictures of num_channels={model.channels}, and those of "
+            f"the recipe have {seen['image'].shape[-1]}."
         )
 
 

@@ -7,6 +7,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+from commands import TINY
 from exports import about
 from safetensors.numpy import load_file, save_file
 
@@ -210,6 +211,19 @@ def test_what_is_not_used_is_named(tmp_path, caplog):
         "is used",
         ": bert.pooler.dense.bias not used",
     ]
+
+
+# ---- channels ----
+
+
+def test_a_color_model_is_not_imported_into_a_gray_recipe(mae, tmp_path):
+    from sslx.importing import import_checkpoint
+
+    side = json.loads((mae / "config.json").read_text())["image_size"]
+    said = f"the model of {mae} reads pictures of num_channels=3, and those of the recipe have 1"
+    with pytest.raises(ValueError, match=said):
+        import_checkpoint(mae, tmp_path / "run", TINY, (f"size={side}",))
+    assert not (tmp_path / "run").exists()
 
 
 # ---- shards ----
