@@ -181,6 +181,7 @@ def test_an_array_that_is_no_weight_is_named(arrays, said, tmp_path):
         ({"bert.embeddings.LayerNorm.gamma": np.zeros(WIDTH, np.float32)}, ("gamma", "differ")),
         ({"embeddings.LayerNorm.bias": np.zeros(WIDTH, np.float32)}, ("differ",)),
         ({BIAS: np.ones(WORDS + 1, np.float32)}, (BIAS, "[12]", "v=11")),
+        ({"bert.embeddings.LayerNorm.bias": np.array(1, np.float32)}, ("LayerNorm.bias", "[]")),
         ({"bert.encoder.more": np.ones(1, np.float32)}, ("has bert.encoder.more, unknown",)),
     ],
 )

@@ -84,7 +84,6 @@ ID = Kind(
 FLAG = Kind("true or false", lambda x, total, arrays: isinstance(x, bool))
 SHARE = Kind("a number from 0 to below 1", lambda x, total, arrays: is_number(x) and 0 <= x < 1)
 FRACTION = Kind("a number between 0 and 1", lambda x, total, arrays: is_number(x) and 0 < x < 1)
-POSITIVE = Kind("a number of at least 0", lambda x, total, arrays: is_number(x) and x >= 0)
 
 
 def one_of(names: Collection[str]) -> Kind:

@@ -1,6 +1,8 @@
 """Hugging Face checkpoints, written and read without torch or transformers."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from sslx.export.architectures import bert, resnet, vit
@@ -54,11 +56,24 @@ def read(directory: Path | str) -> Checkpoint:
         log.warning("%s has no model_type: read as %s", path, kind)
     for architecture in ARCHITECTURES:
         if kind in architecture.MODEL_TYPES:
-            return architecture.read(Files(directory, kind, config, stored_in(directory)))
+            files = Files(directory, kind, config, stored_in(directory))
+            with named(directory):
+                return architecture.read(files)
     kinds = ", ".join(kind for a in ARCHITECTURES for kind in a.MODEL_TYPES)
     raise ValueError(
         f"{path} describes model_type={shown(kind)}, but only {kinds} can be imported."
     )
+
+
+@contextlib.contextmanager
+def named(directory: Path) -> Iterator[None]:
+    """A context whose ValueErrors name the directory."""
+    try:
+        yield
+    except ValueError as error:
+        if str(directory) in str(error):
+            raise
+        raise ValueError(f"{directory}: {error}") from error
 
 
 def architecture_of(encoder: Encoder):

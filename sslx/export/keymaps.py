@@ -6,7 +6,7 @@ the layers, which we stack for the scan, `{t}` is query, key, value. The letters
 
 l layers   d width   h heads   e width of a head   t query, key, value   m hidden width of the MLP
 k width of the encoder that a decoder reads   p q rows, columns of a patch   c channels
-v words   s positions   y types of tokens
+v words   s positions   z types of tokens   x y of a single token: 1
 """
 
 import itertools
@@ -72,7 +72,7 @@ def params_of(table: Table, arrays: Mapping, sizes: Mapping[str, int]) -> Tree:
             )
         array = np.stack(stack)
         spread = [len(WORDS.get(axis, ())) or sizes[axis] for axis in axes(name)]
-        array = array.reshape(*spread, *array.shape[1:])
+        array = array.reshape((*spread, *array.shape[1:]))
         flat[path] = _rearrange(array, f"{theirs} -> {ours}", sizes, name)
     return unflatten_dict(flat, sep="/")
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from sslx.export.card import About
 from sslx.export.directory import SHAPE, Checkpoint, Files, Written
-from sslx.export.fields import COUNT, ID, POSITIVE, SHARE, SIZE, Json
+from sslx.export.fields import COUNT, ID, SHARE, SIZE, Json
 from sslx.export.keymaps import (
     DOWN,
     NORM,
@@ -44,10 +44,10 @@ GELU: dict[str, Gelu] = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh":
 FIELDS = {
     **dict(zip(SHAPE, (SIZE, COUNT, SIZE, SIZE), strict=True)),
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "type_vocab_size"), SIZE),
-    "layer_norm_eps": replace(POSITIVE, default=1e-12),
+    "layer_norm_eps": replace(SHARE, default=1e-12),
     "hidden_dropout_prob": replace(SHARE, default=0.1),
     "attention_probs_dropout_prob": replace(SHARE, default=0.1),
-    "initializer_range": replace(POSITIVE, default=0.02),
+    "initializer_range": replace(SHARE, default=0.02),
     **{f"{name}_token_id": ID for name in CONFIG.values()},
 }
 COMPUTED = {
@@ -82,7 +82,7 @@ def text_encoder(norm1: str, norm2: str, *more: tuple[str, str, str]) -> Table:
     return (
         ("word/table", "embeddings.word_embeddings.weight", "v d -> v d"),
         ("position/table", "embeddings.position_embeddings.weight", "s d -> s d"),
-        ("type/table", "embeddings.token_type_embeddings.weight", "y d -> y d"),
+        ("type/table", "embeddings.token_type_embeddings.weight", "z d -> z d"),
         *under("norm/", "embeddings.LayerNorm.", NORM),
         *under("transformer/blocks/", "encoder.layer.{l}.", layer),
         *more,
@@ -274,5 +274,5 @@ def canonical(name: str, kind: str) -> str | None:
 
 def sizes(encoder: TextEncoder) -> dict[str, int]:
     """The letters of a TextEncoder and its head."""
-    rows = {"s": encoder.length + encoder.offset, "y": encoder.types}
+    rows = {"s": encoder.length + encoder.offset, "z": encoder.types}
     return {**sizes_of(encoder), "v": encoder.vocabulary.size, "w": encoder.width, **rows}

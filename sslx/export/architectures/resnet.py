@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from sslx.export.architectures.vit import prepared
 from sslx.export.card import About
 from sslx.export.directory import Checkpoint, Files, Written
-from sslx.export.fields import COUNTS, SIZE, SIZES, Json, one_of
+from sslx.export.fields import COUNTS, SIZE, SIZES, Json, one_of, shown
 from sslx.export.keymaps import NORM, Arrays, Table, listed, named_arrays, params_of, under
 from sslx.export.weights import check_names
 from sslx.models.encoder import Encoder
@@ -95,8 +95,8 @@ def read(files: Files) -> Checkpoint:
     widths = [channels * 2**i * expansion(kernels) for i in range(len(config["depths"]))]
     if config["hidden_sizes"] != widths:
         raise ValueError(
-            f"config.json has hidden_sizes={config['hidden_sizes']}, but a ResNet's double from "
-            f"stage to stage, {widths}: sslx computes no other."
+            f"config.json has hidden_sizes={shown(config['hidden_sizes'])}, but a ResNet's double "
+            f"from stage to stage, {shown(widths)}: sslx computes no other."
         )
     encoder = ResNet(kernels, tuple(config["depths"]), channels)
     table = hf_resnet(encoder)

@@ -288,15 +288,15 @@ def square(image_size: int | Sequence[int], patch: int) -> int:
     side = sides.pop()
     if sides or not isinstance(patch, int) or side % patch:
         raise ValueError(
-            f"transformers' ViT-MAE sees square images that divide into square patches, not images "
-            f"of {image_size} and patches of {patch}: train at a square size, or use --format timm."
+            f"transformers' ViT-MAE sees square images that divide into square patches, not "
+            f"image_size={image_size} and patches of {patch}: export others with --format timm."
         )
     return side
 
 
 def sizes(module: ViT | Decoder, patch: int, channels: int, reads: int = 0) -> dict[str, int]:
     """The letters of a ViT, or of an MAE decoder that reads tokens of width `reads`."""
-    return {**sizes_of(module), "k": reads, "p": patch, "q": patch, "c": channels}
+    return {**sizes_of(module), "k": reads, "p": patch, "q": patch, "c": channels, "x": 1, "y": 1}
 
 
 def channels_of(module: ViT, weights: Params) -> int:
