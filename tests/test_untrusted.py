@@ -183,6 +183,8 @@ def test_an_array_that_is_no_weight_is_named(arrays, said, tmp_path):
         ({BIAS: np.ones(WORDS + 1, np.float32)}, (BIAS, "[12]", "v=11")),
         ({"bert.embeddings.LayerNorm.bias": np.array(1, np.float32)}, ("LayerNorm.bias", "[]")),
         ({"bert.encoder.more": np.ones(1, np.float32)}, ("has bert.encoder.more, unknown",)),
+        ({"x\n\x1b[2J": np.ones(1, np.float32)}, (r"has 'x\n\x1b[2J', unknown",)),
+        ({"x" * 10_000: np.ones(1, np.float32)}, ("has xxx",)),
     ],
 )
 def test_no_array_is_dropped_though_it_differs(arrays, said, tmp_path):
@@ -258,7 +260,7 @@ def test_an_array_in_two_shards_is_refused(bert):
 
 def test_shards_that_are_not_what_the_index_says(bert):
     places = shards(bert, more="model-0.safetensors")
-    refused(bert, "index.json names more, but model-0.safetensors does not hold more")
+    refused(bert, "index.json names more, and its shards lack them")
     (bert / places[BIAS]).unlink()
     refused(bert, places[BIAS], "is missing: download it again")
 
@@ -415,6 +417,20 @@ def test_files_of_2019_are_read(tmp_path, caplog):
     assert loaded.parts["objective.net"].encoder.form.epsilon == 1e-12
     scale = loaded.params["encoder"]["norm"]["scale"]
     np.testing.assert_array_equal(scale, bert_arrays()["bert.embeddings.LayerNorm.weight"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"caf\xe9\n", "vocab.txt is not UTF-8"),
+        (b"", "vocab.txt has no [PAD]"),
+        ("\n".join([*SPECIAL, *"abcdefg"]).encode(), "vocab.txt has ids up to 11 and"),
+    ],
+)
+def test_lists_of_words_that_do_not_fit(text, said, tmp_path):
+    directory = write(tmp_path / "bert", tokenizer=None)
+    (directory / "vocab.txt").write_bytes(text)
+    refused(directory, said)
 
 
 def test_a_config_of_something_else_without_a_type(bert):

@@ -95,8 +95,11 @@ def sizes_of(stack) -> dict[str, int]:
 
 
 def listed(items: list[str], most: int = 4) -> str:
-    """The first few of a long list, and how many there are."""
-    shown = ", ".join(items[:most])
+    """The first few of a long list of names, and how many there are.
+
+    Names that others chose stay on one line: no newline, no sequence that a terminal obeys.
+    """
+    shown = ", ".join(x[:200] if x.isprintable() else repr(x)[:200] for x in items[:most])
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
 
 

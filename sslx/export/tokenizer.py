@@ -50,17 +50,17 @@ def read_vocabulary(directory: Path, config: Json, kind: str) -> Vocabulary:
     Raises ValueError where they contradict each other, or an id has no word vector.
     """
     size, path = config["vocab_size"], directory / "config.json"
-    told = {ours: config[f"{theirs}_token_id"] for ours, theirs in CONFIG.items()}
-    if told["pad"] is None:
-        told["pad"] = 0 if kind == "bert" else 1  # as in transformers
+    configured = {ours: config[f"{theirs}_token_id"] for ours, theirs in CONFIG.items()}
+    if configured["pad"] is None:
+        configured["pad"] = 0 if kind == "bert" else 1  # as in transformers
     if (file := directory / "tokenizer.json").is_file():
         words, count = read_tokenizer(file)
     elif (file := directory / "vocab.txt").is_file():  # BERT's, from 2018 on
         words, count = read_words(file)
     else:
-        file, ids = path, told
-        if None in told.values():
-            ids = asdict(published(path, size, told["pad"]))
+        file, ids = path, configured
+        if None in configured.values():
+            ids = asdict(published(path, size, configured["pad"]))
         words, count = {NAMES[name][0]: ids[name] for name in NAMES}, size
     ids = special_ids(words, file)
     if count > size or max(ids.values()) >= size:
@@ -69,15 +69,15 @@ def read_vocabulary(directory: Path, config: Json, kind: str) -> Vocabulary:
             f"vocab_size={size}: the words beyond have no vector."
         )
     for name, at in ids.items():
-        if told[name] in (None, at):
+        if configured[name] in (None, at):
             continue
-        said = (
-            f"{path} says {CONFIG[name]}_token_id={told[name]}, and {file} has {NAMES[name][0]} at "
-            f"{at}"
+        text = (
+            f"{path} says {CONFIG[name]}_token_id={configured[name]}, and {file} has "
+            f"{NAMES[name][0]} at {at}"
         )
         if name in ("pad", "mask"):  # what a model computes depends on them
-            raise ValueError(f"{said}: they are of different models.")
-        log.warning("%s, which is used", said)
+            raise ValueError(f"{text}: they are of different models.")
+        log.warning("%s, which is used", text)
     if len(set(ids.values())) < len(ids):
         raise ValueError(f"{file} gives one id to several special words: {ids}.")
     return Vocabulary(size, **ids)
@@ -133,6 +133,8 @@ def read_tokenizer(path: Path) -> tuple[dict[str, int], int]:
 
 def read_words(path: Path) -> tuple[dict[str, int], int]:
     """The words of a vocab.txt, one a line, with their ids, and how many there are."""
-    words = path.read_text(encoding="utf-8-sig").split("\n")
-    words = words[:-1] if not words[-1] else words
+    try:
+        words = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): download it again.") from error
     return {word.rstrip("\r"): i for i, word in enumerate(words)}, len(words)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sslx.export.fields import read_json
+from sslx.export.fields import read_json, shown
 from sslx.export.keymaps import listed
 
 log = logging.getLogger("sslx")
@@ -40,7 +40,7 @@ class Stored:
                 f"{self.name} in {self.file} is of type {self.dtype}, and weights are read from "
                 f"{', '.join(FLOATS)}: save the model in floating point, not quantized."
             )
-        with whole(self.file), np.errstate(over="ignore", invalid="ignore"):
+        with readable(self.file), np.errstate(over="ignore", invalid="ignore"):
             array = np.asarray(self.opened.get_tensor(self.name), np.float32)
         if bad := array.size - np.count_nonzero(np.isfinite(array)):
             raise ValueError(
@@ -83,7 +83,7 @@ class Weights(Mapping):
     @property
     def total(self) -> int:
         """How many numbers all arrays hold: no size of their model exceeds it."""
-        return sum(math.prod(x.shape) for same in self.stored.values() for x in same)
+        return sum(math.prod(x.shape) for copies in self.stored.values() for x in copies)
 
     def renamed(self, canonical: Callable[[str], str | None]) -> "Weights":
         """The same arrays by the names that `canonical` gives theirs.
@@ -91,8 +91,8 @@ class Weights(Mapping):
         Those that it gives None are left out, and named in the log.
         """
         by_name: dict[str | None, list[Stored]] = {}
-        for name, same in self.stored.items():
-            by_name.setdefault(canonical(name), []).extend(same)
+        for name, copies in self.stored.items():
+            by_name.setdefault(canonical(name), []).extend(copies)
         unused = by_name.pop(None, [])
         if named := [x.name for x in unused if not COUNTERS.fullmatch(x.name)]:
             log.warning("%s: %s not used", unused[0].file.parent, listed(named))
@@ -100,7 +100,7 @@ class Weights(Mapping):
 
 
 @contextlib.contextmanager
-def whole(file: Path) -> Iterator[None]:
+def readable(file: Path) -> Iterator[None]:
     """A context in which a file that cannot be read raises ValueError with its name."""
     try:
         yield
@@ -130,7 +130,7 @@ def stored_in(directory: Path) -> Weights:
         raise ValueError(f"{directory} holds no {SINGLE}: it is not a checkpoint.")
     if not weights:
         raise ValueError(f"{directory} holds files of weights without arrays: download it again.")
-    used = {x.file for same in weights.stored.values() for x in same}
+    used = {x.file for copies in weights.stored.values() for x in copies}
     used |= set() if single in used else {index}
     if others := {*directory.glob("*.safetensors*")} - used:
         log.warning("%s: %s not used", directory, listed(sorted(x.name for x in others)))
@@ -145,21 +145,22 @@ def sharded(index: Path) -> Weights:
     for name, file in places.items():
         if not isinstance(file, str) or Path(file).name != file or not file.strip("."):
             raise ValueError(
-                f"{index} places {name} in {file!r}: expected the name of a file beside it."
+                f"{index} places {listed([name])} in {shown(file)}: expected the name of a file "
+                f"beside it."
             )
     weights = {}
     for file in sorted(set(places.values())):
         for name, array in headers(index.parent / file):
             if (place := places.get(name, "no file")) != file:
                 raise ValueError(
-                    f"{index.parent / file} holds {name}, which {index.name} places in {place}: "
-                    f"the shards are of different models; download them again."
+                    f"{index.parent / file} holds {listed([name])}, which {index.name} places in "
+                    f"{place}: the shards are of different models; download them again."
                 )
             weights[name] = [array]
     if missing := sorted(places.keys() - weights.keys()):
         raise ValueError(
-            f"{index} names {listed(missing)}, but {places[missing[0]]} does not hold "
-            f"{missing[0]}: the shards are of different models; download them again."
+            f"{index} names {listed(missing)}, and its shards lack them: they are of different "
+            f"models; download them again."
         )
     return Weights(weights)
 
@@ -168,7 +169,7 @@ def headers(file: Path) -> Iterator[tuple[str, Stored]]:
     """The arrays of a safetensors file by name, not read yet."""
     if not file.is_file():
         raise ValueError(f"{file} is missing: download it again.")
-    with whole(file):
+    with readable(file):
         opened = safe_open(file, "np")
         for name in opened.keys():  # noqa: SIM118
             part = opened.get_slice(name)
