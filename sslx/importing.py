@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.config import Config, ConfigError, lines
 from sslx.export import hf
+from sslx.export.directory import Checkpoint, staged
 from sslx.recipes import Recipe
 from sslx.run import Run
-from sslx.state import first_state
+from sslx.state import abstract_batch, first_state, new_key
 
 # What the weights of a model do not determine: how it is computed, initialized and trained.
 UNDETERMINED = re.compile(
@@ -35,17 +38,32 @@ def import_checkpoint(
     recipe = Recipe(base.path, (*fields, where, *overrides))
     config = recipe.load()
     try:
-        state = first_state(config, config.mesh.build())
+        mesh = config.mesh.build()
+        check_channels(source, checkpoint, config, mesh)
+        state = first_state(config, mesh)
     except ValueError as error:
         hint = "Or name a recipe whose data are like those of the checkpoint, --recipe RECIPE."
         raise ConfigError(f"{base.path}: {error} {hint}") from error
-    recipe.save(run)
-    checkpoints = Checkpoints(run / "checkpoints", config.keep)
-    checkpoints.save(0, state)
-    checkpoints.close()
-    if not checkpoints.steps():
-        raise CheckpointError(f"{run} could not be written: make room and import again.")
+    with staged(run) as new:
+        recipe.save(new)
+        checkpoints = Checkpoints(new / "checkpoints", config.keep)
+        checkpoints.save(0, state)
+        checkpoints.close()
+        if not checkpoints.steps():
+            raise CheckpointError(f"{run} could not be written: make room and import again.")
     return Run(run, config)
+
+
+def check_channels(
+    source: Path, model: Checkpoint, config: Config, mesh: jax.sharding.Mesh
+) -> None:
+    """Raise ValueError where pictures of `config` have other channels than the model reads."""
+    seen = jax.eval_shape(config.views.eval, new_key(config), abstract_batch(config, mesh))
+    if model.channels and "image" in seen and seen["image"].shape[-1] != model.channels:
+        raise ValueError(
+            f"the model of {source} reads pictures of num_channels={model.channels}, and those of "
+            f"the recipe have {seen['image'].shape[-1]}."
+        )
 
 
 def determined(parts: Mapping[str, Any], config: Config) -> list[str]:

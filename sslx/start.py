@@ -90,6 +90,11 @@ class Start:
 
     def fitted(self, path: str, theirs: np.ndarray, ours: Array) -> Array:
         """Their array with the shape, dtype and sharding of ours."""
+        if bad := theirs.size - np.count_nonzero(np.isfinite(theirs)):
+            raise ValueError(
+                f"{path} in {self.source} has {bad:,} values of {theirs.size:,} that are NaN or "
+                f"infinite: the model diverged; start from an earlier step of it."
+            )
         if jax.dtypes.issubdtype(ours.dtype, jax.dtypes.prng_key):  # stored as plain numbers
             numbers = self.fitted(path, theirs, jax.random.key_data(ours))
             return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(ours))

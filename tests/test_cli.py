@@ -211,8 +211,14 @@ def test_what_is_exported_is_imported_and_goes_on(probed, tmp_path, capfd):
     assert sslx("import", out, run, *other) == 1 and not run.exists()
     assert f"[16, 16] in {out} and [8, 16] in this run" in said(capfd)
     assert sslx("import", out, run) == 1 and not run.exists()
-    assert "mae_vit_imagenet: params/decoder/pixels/" in (text := said(capfd))
+    text = said(capfd)
+    assert f"mae_vit_imagenet: the model of {out} reads pictures of num_channels=1, and" in text
     assert "a recipe whose data are like those of the checkpoint, --recipe RECIPE" in text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "steps", lambda checkpoints: [])
+        assert sslx("import", out, run, "--recipe", TINY, "steps=5") == 1
+    assert f"{run} could not be written: make room" in said(capfd)
+    assert not [path for path in tmp_path.iterdir() if path != out]  # and it can be tried again
     assert sslx("import", out, run, "--recipe", TINY, "steps=5") == 0
     trained, imported = load(probed / "checkpoints"), load(run / "checkpoints")
     assert digest(imported["params"]) == digest(trained["params"]) and imported["step"] == 0

@@ -12,8 +12,10 @@ import pytest
 from exports import about
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from sslx.export import directory as directories
 from sslx.export import hf, keymaps, timm
 from sslx.export.architectures import resnet as resnet_tables
 from sslx.export.architectures import vit as vit_tables
@@ -61,9 +63,10 @@ def saved(tmp_path):
 
 
 def edit(directory, config=(), arrays=lambda x: x):
-    """Change an export's config and its arrays in place."""
+    """Change an export's config and its arrays in place; a field of ... is taken out."""
     path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(config)))
+    edited = json.loads(path.read_text()) | dict(config)
+    path.write_text(json.dumps({name: x for name, x in edited.items() if x is not ...}))
     path = directory / "model.safetensors"
     save_file(arrays(load_file(path)), path, metadata={"format": "pt"})
 
@@ -166,6 +169,7 @@ TABLE = "vit.embeddings.position_embeddings"
         ({"num_channels": 1}, dict, r"projection.weight has shape \[32, 3, 8, 8\].*c=1"),
         ({"image_size": 32}, dict, r"\[1, 10, 32\] is not MAE's fixed sin-cos table \[1, 17, 32\]"),
         ({}, drop(LAST), f"lacks {LAST}"),
+        ({"mask_ratio": ...}, dict, "lacks mask_ratio"),
         ({}, lambda x: x | {"classifier.bias": x[LAST]}, "has classifier.bias"),
         ({}, learned(TABLE), f"{TABLE}.*learned or resized"),
     ],
@@ -194,11 +198,6 @@ def test_files_that_are_not_a_checkpoint(saved):
         hf.read(directory)
     (directory / "pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
-        hf.read(directory)
-    edited = json.loads((directory / "config.json").read_text())
-    del edited["mask_ratio"]
-    (directory / "config.json").write_text(json.dumps(edited))
-    with pytest.raises(ValueError, match="lacks mask_ratio"):
         hf.read(directory)
     with pytest.raises(ValueError, match="missing: give the directory"):
         hf.read(directory / "nowhere")
@@ -257,6 +256,92 @@ def test_what_stands_beside_the_weights(tmp_path):
     for directory in (tmp_path, tmp_path / "encoder"):
         seen = json.loads((directory / "preprocessor_config.json").read_text())
         assert seen["image_mean"] == list(IMAGENET[0]) and seen["size"]["height"] == SIDE
+
+
+RECIPE = """\
+data.source = 'folder:/home/me/My Data/train'
+test.source = 'text:/a/b/*.txt?tokenizer=~me/R&D/words'
+start.source = "/home/me/it's"
+far.source = 'gs://bucket/x'
+near.source = 'windows/train'
+no_decay = '.*/(bias|scale)'
+resize = (('(.*/)?position/table', extended),)
+path = PosixPath('/home/me')
+"""
+
+
+def test_a_card_leaves_out_local_paths(tmp_path):
+    hf.save(TINY, spread(TINY), {}, tmp_path, about(SIDE, recipe=RECIPE))
+    for name in ("README.md", "encoder/README.md"):
+        card = (tmp_path / name).read_text()
+        assert not [x for x in ("home", "/b/", "R&D", "me/", "it's", "My Data") if x in card]
+        kept = ("'folder:(a local path)'", "'text:(a local path)?tokenizer=(a local path)'")
+        kept += ("gs://bucket/x", "windows/train", ".*/(bias|scale)", "(.*/)?position/table")
+        assert all(x in card for x in kept), card
+
+
+def test_a_card_says_that_pictures_are_gray(tmp_path):
+    for channels in (1, 3):
+        about_it = replace(about(SIDE), shapes={"image": (1, SIDE, SIDE, channels)})
+        hf.save(TINY, spread(TINY, channels=channels), {}, tmp_path, about_it)
+        assert ('picture.convert("L")' in (tmp_path / "README.md").read_text()) == (channels == 1)
+
+
+# ---- whole or not at all ----
+
+
+def failing(write, at):
+    """`write`, whose call number `at` leaves half of a file and fails as on a full disk."""
+    calls = []
+
+    def half(arrays, path, **options):
+        calls.append(path)
+        if len(calls) == at:
+            path.write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        write(arrays, path, **options)
+
+    return half
+
+
+def files_in(directory):
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize(("format", "at"), [("hf", 1), ("hf", 2), ("timm", 1)])
+def test_what_fails_half_way_leaves_nothing(format, at, tmp_path, monkeypatch):
+    """Neither a new directory nor a change in one that is there."""
+    params, save = spread(TINY), {"hf": hf, "timm": timm}[format].save
+    save(TINY, params, {}, tmp_path / "old", about(SIDE))
+    (tmp_path / "old" / "mine.txt").touch()
+    before = files_in(tmp_path)
+    for out in ("old", "new/deep"):
+        monkeypatch.setattr(directories, "save_file", failing(save_file, at))
+        with pytest.raises(OSError, match=rf"{out} could not be written \(.*No space.*make room"):
+            save(TINY, jax.tree.map(lambda x: x + 1, params), {}, tmp_path / out, about(SIDE))
+        assert files_in(tmp_path) == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_directory_that_is_there_is_written_over(tmp_path):
+    params, other = spread(TINY), spread(TINY, seed=1)
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "mine.txt").touch()
+    for arrays in (params, other):
+        hf.save(TINY, arrays, {}, tmp_path, about(SIDE))
+    assert equal(hf.read(tmp_path).params, other)
+    assert equal(hf.read(tmp_path / "encoder").params, {"encoder": other["encoder"]})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("README.md", "config.json", "encoder", "model.safetensors")
+    }
+    assert (tmp_path / "encoder" / "mine.txt").exists()
+
+
+def test_out_is_a_file(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(OSError, match="x could not be written"):
+        hf.save(TINY, spread(TINY), {}, tmp_path / "x", about(SIDE))
+    assert files_in(tmp_path) == {"x": b"mine"}
 
 
 def test_timm_file_holds_the_encoder_alone(tmp_path):
@@ -354,6 +439,19 @@ def pytorch_image_models(monkeypatch):
             for name in TORCHVISION:
                 patch.setitem(sys.modules, name, mock.MagicMock())
         return pytest.importorskip("timm", reason=reason)
+
+
+def test_transformers_prepares_gray_images_as_the_card_says(transformers, tmp_path):
+    import PIL.Image
+
+    about_it = replace(about(SIDE, ((0.3,), (0.37,))), shapes={"image": (1, SIDE, SIDE, 1)})
+    hf.save(TINY, spread(TINY, channels=1), {}, tmp_path, about_it)
+    color = np.random.default_rng(2).integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)
+    gray = PIL.Image.fromarray(color).convert("L")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    seen = processor(gray, return_tensors="np")["pixel_values"]
+    expected = (np.asarray(gray)[None, None] / 255 - 0.3) / 0.37
+    np.testing.assert_allclose(seen, expected, atol=1e-5)
 
 
 def test_timm_opens_a_named_model(pytorch_image_models, tmp_path):

@@ -652,6 +652,7 @@ def drop(*parts):
 
 WORD = "bert.embeddings.word_embeddings.weight"
 OTHER = "cls.predictions.decoder.weight"
+BIAS = "cls.predictions.bias"
 FOREIGN = {"unk_token_id": None, "vocab_size": 96}
 
 
@@ -664,12 +665,20 @@ FOREIGN = {"unk_token_id": None, "vocab_size": 96}
         ({"tie_word_embeddings": False}, dict, "tie_word_embeddings=False"),
         ({"num_hidden_layers": 4}, dict, r"lacks bert\.encoder\.layer\.3"),
         ({"num_attention_heads": 5}, dict, "h=5.*another model"),
-        ({"vocab_size": 98}, dict, "table of word vectors has 97 rows and config.json says 98"),
-        ({"max_position_embeddings": 23}, dict, "position vectors has 24 rows"),
+        ({"vocab_size": 98}, dict, r"word_embeddings.weight has shape \[97, 48\].*v=98"),
+        (
+            {"max_position_embeddings": 23},
+            dict,
+            r"position_embeddings.weight has shape \[24, 48\].*s=23",
+        ),
         (FOREIGN, dict, "a vocabulary of 96 is neither BERT's nor RoBERTa's"),
         ({}, drop("predictions.bias"), r"lacks cls\.predictions\.bias"),
         ({}, lambda x: x | {"bert.more": x[WORD]}, "has bert.more, unknown"),
-        ({}, lambda x: x | {OTHER: x[WORD] + 1}, "decoder.weight is not the table of word vec"),
+        (
+            {},
+            lambda x: x | {OTHER: x[WORD] + 1},
+            "word_embeddings.weight and cls.predictions.decoder.weight in .* differ",
+        ),
     ],
 )
 def test_what_cannot_be_imported_is_said(config, arrays, said, tmp_path):
@@ -693,7 +702,7 @@ def test_what_old_and_other_checkpoints_hold(tmp_path):
         more = {"bert.pooler.dense.weight": np.ones((48, 48), np.float32)}
         more |= {"bert.embeddings.position_ids": np.arange(24)[None]}
         more |= {"cls.seq_relationship.bias": np.zeros(2, np.float32)}
-        more |= {OTHER: arrays[WORD].copy(), "cls.predictions.decoder.bias": np.ones(97)}
+        more |= {OTHER: arrays[WORD].copy(), "cls.predictions.decoder.bias": arrays[BIAS].copy()}
         return arrays | more
 
     edit(tmp_path, arrays=old)

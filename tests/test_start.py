@@ -178,6 +178,20 @@ class GivenKey(Start):
         return {"params/a": np.array([5, 7], np.uint32)}
 
 
+class GivenHoles(Start):
+    """A source with values that are no numbers."""
+
+    def read(self):
+        return {"params/a": np.array([1, np.nan, -np.inf], np.float32)}
+
+
+def test_values_that_are_no_numbers_are_named():
+    here = jax.sharding.NamedSharding(sslx.Mesh().build(), jax.sharding.PartitionSpec())
+    zeros = jax.device_put({"a": np.zeros(3, np.float32)}, here)
+    with pytest.raises(ValueError, match="params/a in x has 2 values of 3 that are NaN or infin"):
+        GivenHoles("x")(zeros, {})
+
+
 def test_a_key_is_taken_too():
     params, _ = GivenKey("x")({"a": jax.random.key(3)}, {})
     assert params["a"].dtype == jax.random.key(3).dtype

@@ -14,6 +14,14 @@ from sslx.views import Views
 
 log = logging.getLogger("sslx")
 
+GRAY = (
+    "It reads gray pictures, of one channel, and image processors of transformers convert none: "
+    'give them `picture.convert("L")` of a Pillow picture.'
+)
+STRING = re.compile(r"""(['"])((?:(?!\1)[^\\\n]|\\.)*)\1""")
+# At the start of a string or inside a URI, as in text:/x?tokenizer=/y, but not gs://bucket/x.
+LOCAL = re.compile(r"(?:^|(?<=[:=,{]))(?:file://|~|/(?!/))(?:(?![?&]\w+=).)*")
+
 
 @dataclass(frozen=True)
 class About:
@@ -61,9 +69,17 @@ def card(objective: Objective, directory: Written, about: About) -> str:
     lines += [f"Encoder: {directory.size.format(**config)}. Trained with {trained}.", ""]
     lines += ["```python", f"from transformers import {opened}", ""]
     lines += [f'model = {opened}.from_pretrained("."{bare})', "```"]
+    if config.get("num_channels") == 1:
+        lines += ["", GRAY]
     if about.numbers:
         lines += ["", "| evaluation | value |", "|---|---|"]
         lines += [f"| {name} | {value:.6g} |" for name, value in about.numbers.items()]
     if about.recipe:
-        lines += ["", "## Recipe", "", "```", about.recipe.strip(), "```"]
+        lines += ["", "## Recipe", "", "```", without_paths(about.recipe.strip()), "```"]
     return "\n".join(lines) + "\n"
+
+
+def without_paths(recipe: str) -> str:
+    """A printed config without the paths of the machine that it ran on."""
+    hidden = lambda text: text[1] + LOCAL.sub("(a local path)", text[2]) + text[1]  # noqa: E731
+    return STRING.sub(hidden, recipe)

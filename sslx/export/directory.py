@@ -1,20 +1,21 @@
-"""Directories of Hugging Face checkpoints: their files, written and read without torch."""
+"""Directories of Hugging Face checkpoints: written whole or not at all, and what is read."""
 
+import contextlib
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from sslx.export.keymaps import Arrays, listed
+from sslx.export.fields import Json, Kind, checked
+from sslx.export.weights import Weights
 from sslx.types import Buffers, Params
-
-Json = dict[str, Any]
 
 # How transformers names the sizes of a stack of transformer blocks.
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -49,18 +50,35 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Files:
+    """A checkpoint to be read: its directory, model_type, config.json, and its arrays, unread."""
+
+    directory: Path
+    kind: str
+    config: Json
+    weights: Weights
+
+    def fields(self, kinds: Mapping[str, Kind], computed: Mapping[str, tuple]) -> Json:
+        """The fields of config.json; raises ValueError where one is not what sslx computes."""
+        sizes = (self.weights.total, len(self.weights))
+        return checked(self.directory / "config.json", self.config, kinds, computed, sizes)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint of another library as params, buffers and parts of a config.
 
     params, buffers  under the branches of the objectives: params["encoder"], buffers["stats"]
     parts            {path in a config: value} of what the weights determine: modules, numbers
     recipe           the name of the recipe that trains such a model
+    channels         of the pictures that the model reads; None where it reads none
     """
 
     params: Params
     buffers: Buffers
     parts: Mapping[str, Any]
     recipe: str
+    channels: int | None = None
 
 
 def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
@@ -72,69 +90,32 @@ def write_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     path.chmod(mode)
 
 
-def read_json(path: Path) -> Json:
-    """A JSON file of a checkpoint; raises ValueError where there is none."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: give the directory of a Hugging Face checkpoint.")
-    return json.loads(path.read_text(encoding="utf-8"))
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A new directory whose content replaces that of `out` when the context ends without an error.
+
+    After an error nothing is left of it. Raises OSError with the path of `out`.
+    """
+    beside = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    new = beside / f".{out.name}.{os.getpid()}.new"
+    try:
+        new.mkdir()
+        yield new
+        out.parent.mkdir(parents=True, exist_ok=True)
+        moved(new, out)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{out} could not be written ({error}), and nothing of it is kept: make room, or name "
+            f"another directory."
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
-def model_type(directory: Path) -> str:
-    """What config.json says that a checkpoint is, such as "vit_mae", "bert" or "roberta"."""
-    return read_json(directory / "config.json").get("model_type", "")
-
-
-def read_config(
-    directory: Path,
-    needed: Sequence[str],
-    computed: Mapping[str, tuple],
-) -> Json:
-    """config.json; raises ValueError where a key of `needed` is missing, or a key of `computed`
-    has another value than sslx computes."""
-    path = directory / "config.json"
-    config = read_json(path)
-    if missing := [key for key in needed if key not in config]:
-        raise ValueError(f"{path} lacks {listed(missing)}: transformers always writes them.")
-    for key, values in computed.items():
-        if config.get(key, values[0]) not in values:
-            raise ValueError(
-                f"{path} has {key}={config[key]!r}, but sslx computes {values[0]!r}: the outputs "
-                f"would differ from the model's."
-            )
-    return config
-
-
-def read_arrays(directory: Path) -> Arrays:
-    """All arrays of a checkpoint, whole or in shards."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.is_file():
-        files = {directory / name for name in json.loads(index.read_text())["weight_map"].values()}
-    elif single.is_file():
-        files = {single}
-    elif pickles := sorted(path.name for path in directory.glob("*.bin")):
-        raise ValueError(
-            f"{directory} holds {listed(pickles)} only, a pickle, which can run any program when "
-            f"it is opened: where that is safe, save it again with from_pretrained(DIR)."
-            f"save_pretrained(DIR, safe_serialization=True) of its class in transformers, such as "
-            f"ViTMAEForPreTraining or ResNetModel, or download the repository's safetensors."
-        )
+def moved(new: Path, out: Path) -> None:
+    """Rename `new` to `out`; where both are directories, what is in `new` into `out`."""
+    if out.is_dir() and new.is_dir():
+        for path in new.iterdir():
+            moved(path, out / path.name)
     else:
-        raise ValueError(f"{directory} holds no model.safetensors: it is not a checkpoint.")
-    arrays = {}
-    for file in files:
-        try:
-            arrays |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} is not whole ({error}): download it again.") from error
-    return arrays
-
-
-def check_names(arrays: Arrays, expected: set[str], model: str) -> None:
-    missing, unexpected = sorted(expected - set(arrays)), sorted(set(arrays) - expected)
-    if missing or unexpected:
-        parts = [f"lacks {listed(missing)}"] * bool(missing)
-        parts += [f"has {listed(unexpected)}, unknown to a {model}"] * bool(unexpected)
-        raise ValueError(
-            f"The checkpoint {' and '.join(parts)}: config.json describes another model, or only "
-            f"a part of the model was saved."
-        )
+        new.replace(out)

@@ -6,7 +6,7 @@ the layers, which we stack for the scan, `{t}` is query, key, value. The letters
 
 l layers   d width   h heads   e width of a head   t query, key, value   m hidden width of the MLP
 k width of the encoder that a decoder reads   p q rows, columns of a patch   c channels
-v rows of a table of vectors
+v words   s positions   z types of tokens   x y of a single token: 1
 """
 
 import itertools
@@ -56,17 +56,23 @@ def named_arrays(table: Table, params: Tree, sizes: Mapping[str, int]) -> dict[s
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def params_of(table: Table, arrays: Arrays, sizes: Mapping[str, int]) -> Tree:
-    """Their arrays by name as our params, float32.
+def params_of(table: Table, arrays: Mapping, sizes: Mapping[str, int]) -> Tree:
+    """Their arrays by name as our params, float32; each is read when its turn comes.
 
     Raises ValueError where an array's shape is not what `sizes` say.
     """
     flat = {}
     for path, name, how in table:
         ours, theirs = how.split(" -> ")
-        array = np.stack([np.asarray(arrays[n], np.float32) for n in names(name, sizes)])
+        stack = [np.asarray(arrays[n], np.float32) for n in names(name, sizes)]
+        if len(shapes := {x.shape for x in stack}) > 1:
+            raise ValueError(
+                f"{name} has the shapes {' and '.join(str(list(s)) for s in sorted(shapes))}: the "
+                f"layers of a model are of one shape."
+            )
+        array = np.stack(stack)
         spread = [len(WORDS.get(axis, ())) or sizes[axis] for axis in axes(name)]
-        array = array.reshape(*spread, *array.shape[1:])
+        array = array.reshape((*spread, *array.shape[1:]))
         flat[path] = _rearrange(array, f"{theirs} -> {ours}", sizes, name)
     return unflatten_dict(flat, sep="/")
 
@@ -84,13 +90,16 @@ def axes(name: str) -> list[str]:
 
 def sizes_of(stack) -> dict[str, int]:
     """The letters of a stack of transformer blocks: a ViT, an MAE decoder, a TextEncoder."""
-    hidden = round(stack.width * stack.mlp_ratio)
-    return {"l": stack.depth, "d": stack.width, "h": stack.heads, "m": hidden, "t": 3}
+    hidden, head = round(stack.width * stack.mlp_ratio), stack.width // stack.heads
+    return {"l": stack.depth, "d": stack.width, "h": stack.heads, "e": head, "m": hidden, "t": 3}
 
 
 def listed(items: list[str], most: int = 4) -> str:
-    """The first few of a long list, and how many there are."""
-    shown = ", ".join(items[:most])
+    """The first few of a long list of names, and how many there are.
+
+    Names that others chose stay on one line: no newline, no sequence that a terminal obeys.
+    """
+    shown = ", ".join(x[:200] if x.isprintable() else repr(x)[:200] for x in items[:most])
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
 
 

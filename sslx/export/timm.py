@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sslx.export.card import About
-from sslx.export.directory import write_arrays
+from sslx.export.directory import staged, write_arrays
 from sslx.export.hf import architecture_of
 from sslx.models.encoder import chosen
 from sslx.objectives.base import Objective
@@ -30,5 +30,5 @@ def save(
     arrays = architecture.timm_arrays(exported, about)
     path = Path(out)
     path = path if path.suffix == ".safetensors" else path / "model.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(arrays, path)
+    with staged(path.parent) as new:
+        write_arrays(arrays, new / path.name)

@@ -1,24 +1,11 @@
 """BERT, RoBERTa and RobertaPreLayerNorm, with or without the head for masked language modeling."""
 
-import json
 import re
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import replace
 
-import numpy as np
-
-from sslx.data.text.tokenizers import tokenizer_file
 from sslx.export.card import About
-from sslx.export.directory import (
-    SHAPE,
-    Checkpoint,
-    Json,
-    Written,
-    check_names,
-    model_type,
-    read_arrays,
-    read_config,
-)
+from sslx.export.directory import SHAPE, Checkpoint, Files, Written
+from sslx.export.fields import COUNT, ID, SHARE, SIZE, Json
 from sslx.export.keymaps import (
     DOWN,
     NORM,
@@ -26,13 +13,14 @@ from sslx.export.keymaps import (
     OUT,
     UP,
     Table,
-    listed,
     named_arrays,
     names,
     params_of,
     sizes_of,
     under,
 )
+from sslx.export.tokenizer import CONFIG, read_vocabulary, tokenizer_files
+from sslx.export.weights import COUNTERS, check_names
 from sslx.models.encoder import Encoder
 from sslx.models.layers import Gelu, Normal
 from sslx.models.text import MaskedLM, TextEncoder
@@ -40,7 +28,6 @@ from sslx.models.transformer import Form
 from sslx.objectives.base import Objective
 from sslx.objectives.mlm import MLM
 from sslx.types import Params
-from sslx.vocabulary import BERT, NAMES, ROBERTA, Vocabulary
 
 MODULE = TextEncoder
 # By transformers' model_type: the class of the whole, and what AutoModel opens.
@@ -53,27 +40,31 @@ MODEL_TYPES = tuple(CLASSES)
 
 # Google's tanh form has two names in transformers, for one function.
 GELU: dict[str, Gelu] = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-NEEDED = (
-    *SHAPE,
-    *("vocab_size", "max_position_embeddings", "type_vocab_size", "layer_norm_eps"),
-    *("hidden_act", "pad_token_id"),
-)
+# Defaults are those of transformers: files of 2019 leave these fields out.
+FIELDS = {
+    **dict(zip(SHAPE, (SIZE, COUNT, SIZE, SIZE), strict=True)),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "type_vocab_size"), SIZE),
+    "layer_norm_eps": replace(SHARE, default=1e-12),
+    "hidden_dropout_prob": replace(SHARE, default=0.1),
+    "attention_probs_dropout_prob": replace(SHARE, default=0.1),
+    "initializer_range": replace(SHARE, default=0.02),
+    **{f"{name}_token_id": ID for name in CONFIG.values()},
+}
 COMPUTED = {
     "hidden_act": tuple(GELU),
     "position_embedding_type": ("absolute",),
     "tie_word_embeddings": (True,),
     "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": ({},),
 }
-# Arrays that are not read: BERT's pooler and its head for pairs of sentences, copies of tied
-# weights, and a buffer that old versions saved.
-UNUSED = re.compile(r"(.*\.)?(pooler\..*|cls\.seq_relationship\..*|position_ids|decoder\.bias)")
-TIED = re.compile(r"(cls\.predictions|lm_head)\.decoder\.weight")
-SIZE = (
+# BERT's pooler and its head for pairs of sentences.
+UNUSED = re.compile(r"(.*\.)?(pooler|cls\.seq_relationship)\..*")
+TITLE = (
     "width {hidden_size}, depth {num_hidden_layers}, {num_attention_heads} heads, windows of "
     "up to {max_position_embeddings} tokens, a vocabulary of {vocab_size}"
 )
 
-ROWS = (("table", "weight", "v d -> v d"),)
 DENSE = (("kernel", "weight", "d w -> w d"), ("bias", "bias", "w -> w"))
 
 
@@ -89,9 +80,9 @@ def text_encoder(norm1: str, norm2: str, *more: tuple[str, str, str]) -> Table:
         *under("norm2/", norm2, NORMS),
     )
     return (
-        *under("word/", "embeddings.word_embeddings.", ROWS),
-        *under("position/", "embeddings.position_embeddings.", ROWS),
-        *under("type/", "embeddings.token_type_embeddings.", ROWS),
+        ("word/table", "embeddings.word_embeddings.weight", "v d -> v d"),
+        ("position/table", "embeddings.position_embeddings.weight", "s d -> s d"),
+        ("type/table", "embeddings.token_type_embeddings.weight", "z d -> z d"),
         *under("norm/", "embeddings.LayerNorm.", NORM),
         *under("transformer/blocks/", "encoder.layer.{l}.", layer),
         *more,
@@ -153,10 +144,10 @@ def write(objective: Objective, encoder: Encoder, params: Params, about: About) 
     if not whole:
         table = tuple(row for row in table if row[0].startswith("encoder/"))
     config = text_config(module, kind, CLASSES[kind][0 if whole else 1])
-    arrays = named_arrays(table, tree, sizes_of(module))
+    arrays = named_arrays(table, tree, sizes(module))
     tokenizer = about.tokenizer()
     files = {} if tokenizer is None else tokenizer_files(tokenizer, module, kind)
-    return [Written("", config, arrays, "BERT", SIZE, files)]
+    return [Written("", config, arrays, "BERT", TITLE, files)]
 
 
 def text_kind(encoder: TextEncoder) -> str:
@@ -206,141 +197,82 @@ def text_config(encoder: TextEncoder, kind: str, opened: str) -> Json:
     }
 
 
-def tokenizer_files(folder: str, encoder: TextEncoder, kind: str) -> dict[str, Json | Path]:
-    """tokenizer_config.json and tokenizer.json, by their names, from a tokenizer's folder or file.
-
-    Raises ValueError where it is another model's.
-    """
-    path = Path(tokenizer_file(folder))
-    words = encoder.vocabulary
-    spelled = {w["id"]: w["content"] for w in added_tokens(path)}
-    if lacking := [
-        f"{name}={at}" for name, at in asdict(words).items() if name in NAMES and at not in spelled
-    ]:
-        raise ValueError(
-            f"{path} has no special words at {listed(lacking)}: it is the tokenizer of another "
-            f"vocabulary than the model's."
-        )
-    names = {"pad": "pad", "unknown": "unk", "start": "cls", "end": "sep", "mask": "mask"}
-    config = {f"{theirs}_token": spelled[getattr(words, ours)] for ours, theirs in names.items()}
-    inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    config |= {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": encoder.length,
-        "model_input_names": inputs if kind == "bert" else [inputs[0], inputs[2]],
-    }
-    return {"tokenizer_config.json": config, "tokenizer.json": path}
-
-
 # ---- reading ----
 
 
-def read(directory: Path) -> Checkpoint:
+def read(files: Files) -> Checkpoint:
     """A BERT, RoBERTa or RobertaPreLayerNorm; without a head, params of `encoder` alone.
 
     The pooler and the head for pairs of sentences are left out. Raises ValueError with the reason
     when it is not one that our encoder computes.
     """
-    kind = model_type(directory)
-    config = read_config(directory, NEEDED, COMPUTED)
+    kind = files.kind
+    config = files.fields(FIELDS, COMPUTED)
     width, depth, heads, hidden = (config[key] for key in SHAPE)
-    vocabulary = read_vocabulary(directory, config)
+    vocabulary = read_vocabulary(files.directory, config, kind)
     offset = 0 if kind == "bert" else vocabulary.pad + 1
+    if (length := config["max_position_embeddings"] - offset) < 1:
+        raise ValueError(
+            f"{files.directory / 'config.json'} has max_position_embeddings="
+            f"{length + offset}, of which padding takes {offset}: no position is left."
+        )
     form = Form(
         norm="pre" if kind == "roberta-prelayernorm" else "post",
         epsilon=config["layer_norm_eps"],
         gelu=GELU[config["hidden_act"]],
-        dropout=config.get("hidden_dropout_prob", 0.1),
-        attention_dropout=config.get("attention_probs_dropout_prob", 0.1),
-        init=Normal(config.get("initializer_range", 0.02)),
+        dropout=config["hidden_dropout_prob"],
+        attention_dropout=config["attention_probs_dropout_prob"],
+        init=Normal(config["initializer_range"]),
     )
     encoder = TextEncoder(
         vocabulary=vocabulary,
         width=width,
         depth=depth,
         heads=heads,
-        length=config["max_position_embeddings"] - offset,
+        length=length,
         offset=offset,
         types=config["type_vocab_size"],
         mlp_ratio=hidden / width,
         form=form,
     )
-    table, of = HF_TEXT[kind], sizes_of(encoder)
-    arrays = text_arrays(directory, kind)
+    table, of = HF_TEXT[kind], sizes(encoder)
+    weights = files.weights.renamed(lambda name: canonical(name, kind))
     head = {name for path, name, _ in table if path.startswith("head/")}
-    if not head & set(arrays):  # saved by AutoModel, or a sentence encoder
+    if not head & set(weights):  # saved by AutoModel, or a sentence encoder
         table = tuple(row for row in table if row[0].startswith("encoder/"))
-    check_names(arrays, {n for _, x, _ in table for n in names(x, of)}, kind)
-    params = params_of(table, arrays, of)
-    check_rows(encoder, params["encoder"])
+    check_names(weights, {n for _, x, _ in table for n in names(x, of)}, kind)
+    params = params_of(table, weights, of)
     gelu = head_gelu(kind, form.gelu)
     net = MaskedLM(encoder, None if gelu == form.gelu else gelu)
     parts = {"objective.net": net, "data.decode.vocabulary": vocabulary}
     return Checkpoint(params, {}, parts, "bert_base" if kind == "bert" else "roberta_base")
 
 
-def check_rows(encoder: TextEncoder, params: Params) -> None:
-    """Raise ValueError where a table has other rows than config.json says."""
-    rows = {
-        "word": encoder.vocabulary.size,
-        "position": encoder.length + encoder.offset,
-        "type": encoder.types,
-    }
-    for name, count in rows.items():
-        if (held := len(params[name]["table"])) != count:
-            raise ValueError(
-                f"The table of {name} vectors has {held} rows and config.json says {count}: the "
-                f"weights are those of another model."
-            )
+def kind_of(config: Json) -> str | None:
+    """The model_type of a config.json of 2019, which does not say it; None if it is no such file.
+
+    BERT's named no class either.
+    """
+    if not {"type_vocab_size", "max_position_embeddings"} <= config.keys():
+        return None
+    return "roberta" if "Roberta" in str(config.get("architectures")) else "bert"
 
 
-def text_arrays(directory: Path, kind: str) -> dict[str, np.ndarray]:
-    """A checkpoint's arrays under the names of HF_TEXT, without the unused ones."""
-    prefix, arrays = kind.replace("-", "_") + ".", {}
-    for name, array in read_arrays(directory).items():
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")  # Google's, converted early
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        if re.match(r"(embeddings|encoder|pooler|LayerNorm)\.", name):  # saved without its prefix
-            name = prefix + name
-        arrays[name] = array
-    words = arrays.get(prefix + "embeddings.word_embeddings.weight")
-    for name in [name for name in arrays if TIED.fullmatch(name)]:
-        if words is None or not np.array_equal(arrays.pop(name), words):
-            raise ValueError(
-                f"{name} is not the table of word vectors: sslx computes tied weights only."
-            )
-    return {name: array for name, array in arrays.items() if not UNUSED.fullmatch(name)}
+def canonical(name: str, kind: str) -> str | None:
+    """The name of an array in HF_TEXT, None for those that are not used."""
+    if UNUSED.fullmatch(name) or COUNTERS.fullmatch(name):
+        return None
+    prefix = kind.replace("-", "_") + "."
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")  # Google's, converted early
+    name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+    name = re.sub(r"^(?=(embeddings|encoder|LayerNorm)\.)", prefix, name)  # saved without it
+    # Two names for tied weights.
+    name = re.sub(r"^(cls\.predictions|lm_head)\.decoder\.bias$", r"\1.bias", name)
+    tied = re.fullmatch(r"(cls\.predictions|lm_head)\.decoder\.weight", name)
+    return prefix + "embeddings.word_embeddings.weight" if tied else name
 
 
-def read_vocabulary(directory: Path, config: Json) -> Vocabulary:
-    """The vocabulary, from the tokenizer beside the weights."""
-    size, path = config["vocab_size"], directory / "tokenizer.json"
-    if path.is_file():
-        words = {w["content"]: w["id"] for w in added_tokens(path)}
-        ids = {
-            name: next((words[w] for w in spelled if w in words), None)
-            for name, spelled in NAMES.items()
-        }
-        if lacking := [NAMES[name][0] for name, at in ids.items() if at is None]:
-            raise ValueError(
-                f"{path} has no {listed(lacking)}: masked language modeling needs the special "
-                f"words of BERT or RoBERTa; use the checkpoint's own tokenizer."
-            )
-        return Vocabulary(size, **ids)
-    ours = ("pad", "unk", "bos", "eos", "mask")
-    ids = [config.get(f"{name}_token_id") for name in ours]
-    if None not in ids:
-        return Vocabulary(size, *ids)
-    for known in (BERT, ROBERTA):
-        if (known.size, known.pad) == (size, config["pad_token_id"]):
-            return known
-    raise ValueError(
-        f"{path} is missing, and a vocabulary of {size} is neither BERT's nor RoBERTa's: which ids "
-        f"are special is not known; save it with AutoTokenizer.from_pretrained(DIR)."
-        f"save_pretrained(DIR)."
-    )
-
-
-def added_tokens(path: Path) -> list[Json]:
-    """The special tokens of a tokenizer.json."""
-    return json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
+def sizes(encoder: TextEncoder) -> dict[str, int]:
+    """The letters of a TextEncoder and its head."""
+    rows = {"s": encoder.length + encoder.offset, "z": encoder.types}
+    return {**sizes_of(encoder), "v": encoder.vocabulary.size, "w": encoder.width, **rows}

@@ -5,7 +5,6 @@ Blocks are not stacked: a table is written out for its depth, over all variables
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,10 @@ from flax.traverse_util import flatten_dict
 
 from sslx.export.architectures.vit import prepared
 from sslx.export.card import About
-from sslx.export.directory import Checkpoint, Json, Written, check_names, read_arrays, read_config
+from sslx.export.directory import Checkpoint, Files, Written
+from sslx.export.fields import COUNTS, SIZE, SIZES, Json, one_of, shown
 from sslx.export.keymaps import NORM, Arrays, Table, listed, named_arrays, params_of, under
+from sslx.export.weights import check_names
 from sslx.models.encoder import Encoder
 from sslx.models.resnet import BASIC, BOTTLENECK, IMAGENET_STEM, ResNet, block_name, expansion
 from sslx.objectives.base import Objective
@@ -27,14 +28,17 @@ MODEL_TYPES = ("resnet",)
 
 Names = Callable[[int, int, int], tuple[str, str]]
 
-NEEDED = ("embedding_size", "hidden_sizes", "depths", "layer_type", "num_channels")
 COMPUTED = {
     "hidden_act": ("relu",),
     "downsample_in_first_stage": (False,),
     "downsample_in_bottleneck": (False,),
 }
 BLOCKS = {"basic": BASIC, "bottleneck": BOTTLENECK}
-SIZE = "{depths} blocks ({layer_type}) of {hidden_sizes} channels, {num_channels} channels in"
+FIELDS = {
+    **{"embedding_size": SIZE, "hidden_sizes": SIZES, "depths": COUNTS},
+    **{"layer_type": one_of(BLOCKS), "num_channels": SIZE},
+}
+TITLE = "{depths} blocks ({layer_type}) of {hidden_sizes} channels, {num_channels} channels in"
 
 CONV = (("kernel", "weight", "p q c d -> d c p q"),)
 STATISTICS = (("mean", "running_mean", "d -> d"), ("var", "running_var", "d -> d"))
@@ -53,7 +57,7 @@ def write(objective: Objective, encoder: Encoder, params: Params, about: About) 
     channels = variables["params"]["conv"]["kernel"].shape[2]
     files = prepared(about.shapes["image"][1:3], about, channels)
     config = resnet_config(module, channels)
-    return [Written("encoder", config, arrays | counts(arrays), "ResNet", SIZE, files)]
+    return [Written("encoder", config, arrays | counts(arrays), "ResNet", TITLE, files)]
 
 
 def timm_arrays(encoder: Encoder, about: About) -> dict[str, np.ndarray]:
@@ -81,33 +85,38 @@ def resnet_config(encoder: ResNet, channels: int) -> Json:
     }
 
 
-def read(directory: Path) -> Checkpoint:
+def read(files: Files) -> Checkpoint:
     """A ResNetModel, or a classifier without its head.
 
     Raises ValueError with the reason when the checkpoint is not one that our ResNet computes.
     """
-    config = read_config(directory, NEEDED, COMPUTED)
+    config = files.fields(FIELDS, COMPUTED)
     kernels, channels = BLOCKS[config["layer_type"]], config["embedding_size"]
     widths = [channels * 2**i * expansion(kernels) for i in range(len(config["depths"]))]
-    if list(config["hidden_sizes"]) != widths:
+    if config["hidden_sizes"] != widths:
         raise ValueError(
-            f"config.json has hidden_sizes={config['hidden_sizes']}, but a ResNet's double from "
-            f"stage to stage, {widths}: sslx computes no other."
+            f"config.json has hidden_sizes={shown(config['hidden_sizes'])}, but a ResNet's double "
+            f"from stage to stage, {shown(widths)}: sslx computes no other."
         )
     encoder = ResNet(kernels, tuple(config["depths"]), channels)
-    arrays = {n.removeprefix("resnet."): a for n, a in read_arrays(directory).items()}
-    unused = ("classifier.", COUNT)
-    arrays = {n: a for n, a in arrays.items() if not any(part in n for part in unused)}
     table = hf_resnet(encoder)
-    check_names(arrays, {name for _, name, _ in table}, "ResNet")
-    variables = params_of(table, arrays, {})
+    weights = files.weights.renamed(canonical)
+    check_names(weights, {name for _, name, _ in table}, "ResNet")
+    variables = params_of(table, weights, {})
     check_shapes(encoder, variables, config["num_channels"])
     return Checkpoint(
         params={"encoder": variables["params"]},
         buffers={"stats": {"batch_stats": {"encoder": variables["batch_stats"]}}},
         parts={"objective.net.encoder": encoder},
         recipe="simclr_resnet50_imagenet",
+        channels=config["num_channels"],
     )
+
+
+def canonical(name: str) -> str | None:
+    """The array's name in a ResNetModel; None for a classifier's head and torch's counters."""
+    unused = name.startswith("classifier.") or name.endswith(COUNT)
+    return None if unused else name.removeprefix("resnet.")
 
 
 def check_shapes(encoder: ResNet, variables: dict, channels: int) -> None:

@@ -5,34 +5,25 @@ Their position tables are arrays of the checkpoint; ours are computed.
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from sslx.export.card import About
-from sslx.export.directory import (
-    SHAPE,
-    Checkpoint,
-    Json,
-    Written,
-    check_names,
-    model_type,
-    read_arrays,
-    read_config,
-)
+from sslx.export.directory import SHAPE, Checkpoint, Files, Written
+from sslx.export.fields import COUNT, FLAG, FRACTION, SIDES, SIZE, Json
 from sslx.export.keymaps import (
     DOWN,
     NORM,
     NORMS,
     OUT,
     UP,
-    Arrays,
     named_arrays,
     names,
     params_of,
     sizes_of,
     under,
 )
+from sslx.export.weights import Weights, check_names
 from sslx.models.encoder import Encoder
 from sslx.models.layers import LayerNorm
 from sslx.models.vit import ViT
@@ -45,11 +36,15 @@ from sslx.views import Chain, Normalize, View
 MODULE = ViT
 MODEL_TYPES = ("vit_mae", "vit")
 
-NEEDED = (
-    *(prefix + key for prefix in ("", "decoder_") for key in SHAPE),
-    *("image_size", "patch_size", "num_channels", "mask_ratio", "norm_pix_loss"),
-)
-NEEDED_VIT = (*SHAPE, "image_size", "patch_size", "num_channels")
+STACK = dict(zip(SHAPE, (SIZE, COUNT, SIZE, SIZE), strict=True))
+FIELDS = {
+    "vit": {**STACK, "image_size": SIDES, "patch_size": SIDES, "num_channels": SIZE},
+    "vit_mae": {
+        **{f"decoder_{key}": kind for key, kind in STACK.items()},
+        **{"mask_ratio": FRACTION, "norm_pix_loss": FLAG},
+    },
+}
+FIELDS["vit_mae"] |= FIELDS["vit"]
 # What our modules compute, and what passes for it: 1e-12 is transformers' default, which its
 # conversions of FAIR's weights kept though they were trained at 1e-6.
 COMPUTED = {
@@ -57,7 +52,7 @@ COMPUTED = {
     "qkv_bias": (True,),
     "layer_norm_eps": (LayerNorm.epsilon, 1e-12),
 }
-SIZE = (
+TITLE = (
     "width {hidden_size}, depth {num_hidden_layers}, {num_attention_heads} heads, patches of "
     "{patch_size} in images of {image_size}, {num_channels} channels"
 )
@@ -136,14 +131,14 @@ def write(objective: Objective, encoder: Encoder, params: Params, about: About) 
     arrays["embeddings.position_embeddings"] = positions(rows, rows, module.width)
     config = vit_config(module, side, channels)
     files = prepared(sides, about, channels)
-    written = [Written("encoder", config, arrays, "ViT", SIZE, files)]
+    written = [Written("encoder", config, arrays, "ViT", TITLE, files)]
     if isinstance(objective, MAE):
         config = config | mae_config(objective)
         arrays = {f"vit.{name}": array for name, array in arrays.items()}
         of_decoder = sizes(objective.decoder, module.patch, channels, module.width)
         arrays |= named_arrays(HF_MAE["decoder"], params["decoder"], of_decoder)
         arrays[HF_POSITIONS["decoder"]] = positions(rows, rows, objective.decoder.width)
-        written.append(Written("", config, arrays, "ViT", SIZE, files))
+        written.append(Written("", config, arrays, "ViT", TITLE, files))
     return written
 
 
@@ -231,16 +226,15 @@ def shape(stack: ViT | Decoder, prefix: str) -> Json:
 # ---- reading ----
 
 
-def read(directory: Path) -> Checkpoint:
+def read(files: Files) -> Checkpoint:
     """A ViTMAEForPreTraining or a ViTModel.
 
     Raises ValueError with the reason when the checkpoint is not one that our modules compute.
     """
-    with_decoder = model_type(directory) == "vit_mae"
-    config = read_config(directory, NEEDED if with_decoder else NEEDED_VIT, COMPUTED)
+    with_decoder = files.kind == "vit_mae"
+    config = files.fields(FIELDS[files.kind], COMPUTED)
     side = square(config["image_size"], config["patch_size"])
-    arrays = {canonical(name): array for name, array in read_arrays(directory).items()}
-    arrays = {n: a for n, a in arrays.items() if with_decoder or not n.startswith("pooler.")}
+    weights = files.weights.renamed(canonical if with_decoder else without_pooler)
     patch, channels = config["patch_size"], config["num_channels"]
     stacks = {"encoder": ViT(**stack(config, ""), patch=patch)}
     parts = {"objective.encoder": stacks["encoder"]}
@@ -252,11 +246,11 @@ def read(directory: Path) -> Checkpoint:
     of = {part: sizes(s, patch, channels, config["hidden_size"]) for part, s in stacks.items()}
     expected = {n for part in stacks for _, x, _ in HF_MAE[part] for n in names(x, of[part])}
     tables = {HF_POSITIONS[part] for part in stacks}
-    check_names(arrays, expected | tables, "ViT-MAE" if with_decoder else "ViT")
+    check_names(weights, expected | tables, "ViT-MAE" if with_decoder else "ViT")
     for part, module in stacks.items():
-        check_positions(HF_POSITIONS[part], arrays, side // patch, module.width)
-    params = {part: params_of(HF_MAE[part], arrays, of[part]) for part in stacks}
-    return Checkpoint(params, {}, parts, "mae_vit_imagenet")
+        check_positions(HF_POSITIONS[part], weights, side // patch, module.width)
+    params = {part: params_of(HF_MAE[part], weights, of[part]) for part in stacks}
+    return Checkpoint(params, {}, parts, "mae_vit_imagenet", channels)
 
 
 def canonical(name: str) -> str:
@@ -265,13 +259,17 @@ def canonical(name: str) -> str:
     return re.sub(r"^(?=(embeddings|encoder|layernorm)\.)", "vit.", name)
 
 
-def check_positions(name: str, arrays: Arrays, grid: int, width: int) -> None:
+def without_pooler(name: str) -> str | None:
+    return None if name.startswith("pooler.") else canonical(name)
+
+
+def check_positions(name: str, weights: Weights, grid: int, width: int) -> None:
     """Raise ValueError where a table of positions is not the one that we compute."""
-    table, expected = np.asarray(arrays[name], np.float32), positions(grid, grid, width)
-    if table.shape != expected.shape or np.abs(table - expected).max() > 0.01:  # room for bfloat16
-        raise ValueError(
-            f"{name} {list(table.shape)} is not MAE's fixed sin-cos table {list(expected.shape)}, "
-            f"the only one that sslx computes: learned or resized positions cannot be imported."
+    held, expected = weights.shape(name), (1, 1 + grid**2, width)
+    if held != expected or np.abs(weights[name] - positions(grid, grid, width)).max() > 0.01:
+        raise ValueError(  # 0.01 is room for bfloat16
+            f"{name} {list(held)} is not MAE's fixed sin-cos table {list(expected)}, the only one "
+            f"that sslx computes: learned or resized positions cannot be imported."
         )
 
 
@@ -290,15 +288,15 @@ def square(image_size: int | Sequence[int], patch: int) -> int:
     side = sides.pop()
     if sides or not isinstance(patch, int) or side % patch:
         raise ValueError(
-            f"transformers' ViT-MAE sees square images that divide into square patches, not images "
-            f"of {image_size} and patches of {patch}: train at a square size, or use --format timm."
+            f"transformers' ViT-MAE sees square images that divide into square patches, not "
+            f"image_size={image_size} and patches of {patch}: export others with --format timm."
         )
     return side
 
 
 def sizes(module: ViT | Decoder, patch: int, channels: int, reads: int = 0) -> dict[str, int]:
     """The letters of a ViT, or of an MAE decoder that reads tokens of width `reads`."""
-    return {**sizes_of(module), "k": reads, "p": patch, "q": patch, "c": channels}
+    return {**sizes_of(module), "k": reads, "p": patch, "q": patch, "c": channels, "x": 1, "y": 1}
 
 
 def channels_of(module: ViT, weights: Params) -> int:
