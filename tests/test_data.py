@@ -350,13 +350,14 @@ def test_one_corrupt_record_of_a_small_set_is_allowed(tmp_path):
         take(Pipeline(nothing, Image(8), max_corrupt=1.0, workers=0).batches(0, 2), 1)
 
 
-def test_a_file_that_goes_away_stops_the_run(tmp_path):
+def test_a_file_that_goes_away_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("sslx.data.source.PATIENCE", 0.1)
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes(encode(numbered(i)))
     pipeline = Pipeline(f"folder:{tmp_path}", Image(8), max_corrupt=1.0, workers=0)
     assert len(pipeline) == 4
     (tmp_path / "2.png").unlink()
-    with pytest.raises(DataError, match=r"2\.png.*restore"):
+    with pytest.raises(DataError, match=r"record 2 could .*2\.png.*restore"):
         take(pipeline.batches(0, 4), 1)
 
 
@@ -616,7 +617,7 @@ def test_bombs_raise_whatever_the_warning_filter(kind, monkeypatch, recwarn):
 
 def test_decoders_are_values():
     assert Image(8) == Image(8, "crop") and hash(Image(8)) == hash(Image(8))
-    assert repr(Image(8)) == "Image(size=8, fit='crop', channels=3)"
+    assert repr(Image(8)) == "Image(size=8, fit='crop', channels=3, upright=False)"
     for wrong in ({"size": 0}, {"size": 8, "channels": 4}):
         with pytest.raises(ValueError, match="channels 1 or 3"):
             Image(**wrong)

@@ -260,7 +260,8 @@ class Set:
     n: int
     seed: int = 0
     labels: str = "all"
-    labelled = True
+    unlabelled = ""
+    classes = ()
 
     def check(self):
         pass

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from sslx.data import order
-from sslx.data.source import DataError, Example, Record, Shapes, Source
+from sslx.data.source import DataError, Example, Record, Shapes, Source, labelled, patiently
 from sslx.data.uri import open_uri
 from sslx.data.workers import cores, mark_flags_parsed, off_device, spawning
 
@@ -96,14 +96,35 @@ class Pipeline:
         return self.ends[-1]
 
     @cached_property
+    def unlabelled(self) -> str:
+        """Why records have no labels; empty if they have."""
+        return next((reason for source, _ in self.mixture if (reason := source.unlabelled)), "")
+
+    @property
     def labelled(self) -> bool:
-        return all("label" in source[0] for source, _ in self.mixture)
+        return not self.unlabelled
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The names of the labels 0, 1, ..., the same in all sources; empty without names."""
+        first, *others = [(source, source.classes) for source, _ in self.mixture]
+        for source, classes in others:
+            if classes != first[1]:
+                raise DataError(
+                    f"{first[0]} and {source} have other classes, {', '.join(first[1][:9])} and "
+                    f"{', '.join(classes[:9])}: give labelled sources of a mixture the same ones"
+                )
+        return first[1]
 
     def check(self) -> None:
         """Raise DataError now for what can be known to fail later: opens every source."""
         _ = self.mixture
         if self.labels and not self.labelled:
-            raise DataError(f"{self.source} has records without a label: use labels=False")
+            raise DataError(
+                f"{self.source} has records without a label, for {self.unlabelled}: "
+                "use labels=False"
+            )
+        _ = self.labels and self.classes
 
     def shapes(self, batch_size: int) -> Shapes:
         """Shape and dtype of every array of a global batch; reads no data."""
@@ -261,8 +282,8 @@ class Load:
             at = (first + hops) % len(source)
             record = records.get((k, at))
             try:
-                record = record or read(source, at)
-                example = self.decoded(record, place)
+                record = record or patiently(source, at, source.__getitem__, at)
+                example = patiently(source, at, self.decoded, record, place)
             except DataError:
                 raise
             except Exception as error:  # decoders raise what they like: SyntaxError, struct.error
@@ -270,7 +291,8 @@ class Load:
                 bad[k, name] = f"{type(error).__name__}: {error}"
                 continue
             if self.labels:
-                example = {**example, "label": np.int32(record.get("label", -1))}
+                known = labelled(record.get("label"), record["name"])
+                example = {**example, "label": np.int32(known.get("label", -1))}
             dropped.update(bad)
             return example, hops
         raise too_many({name: reason for (_, name), reason in bad.items()}, source)
@@ -326,17 +348,6 @@ class Batches(Iterator[Batch]):
 def end(elements: list) -> None:
     """Close a Grain iterator, which would log an error if it were alive at exit."""
     elements.pop().close()
-
-
-def read(source: Source, index: int) -> dict[str, Any]:
-    """source[index]; raises DataError for a missing file, which is no corrupt record."""
-    try:
-        return source[index]
-    except OSError as error:
-        raise DataError(
-            f"{source}: record {index} became unreadable during the run ({error}); "
-            "restore the file and resume"
-        ) from error
 
 
 def too_many(dropped: Mapping[str, str], source: Source) -> DataError:

@@ -17,6 +17,7 @@ from sslx.sharding import ways
 from sslx.types import Array
 
 View = Callable[[Array, Any], Any]  # (key, batch) -> batch that the encoder reads
+MOST = 100_000  # classes that a probe takes, unless there are more examples than that
 IN_FLIGHT = 4  # batches dispatched before the oldest one's features are fetched
 
 
@@ -50,7 +51,8 @@ class Features:
     def classes(self) -> int:
         """The number of classes: one more than the largest label.
 
-        Raises ValueError where examples have no label (-1).
+        Raises ValueError where examples have no label (-1), and for labels that are far more than
+        examples, which are names of records and not of classes.
         """
         unlabelled = int((self.label < 0).sum())
         if unlabelled:
@@ -59,7 +61,13 @@ class Features:
                 f"with a label on every record (class folders, a `label` column), or with Health "
                 f"alone, Probes(on=(Health(),))."
             )
-        return int(self.label.max()) + 1
+        classes = int(self.label.max()) + 1
+        if classes > max(len(self.label), MOST):
+            raise ValueError(
+                f"{len(self.label)} examples have labels up to {classes - 1}: number the classes "
+                f"from 0, without gaps."
+            )
+        return classes
 
 
 def extract(
