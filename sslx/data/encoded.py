@@ -79,9 +79,8 @@ def bare_png(data: bytes) -> bytes:
 
 
 def orientation(picture) -> int:
-    """How a picture lies, 1 to 8, by its EXIF; 1 is upright, and what no EXIF can be read from."""
-    if picture.format == "TIFF":
-        return picture.tag_v2.get(274, 1)
+    """How a picture lies, 1 to 8, by its EXIF; 1 is upright, as are TIFFs, which Pillow turns
+    itself, and pictures whose EXIF is damaged."""
     if "exif" not in picture.info:
         return 1
     exif = PIL.Image.Exif()

@@ -30,7 +30,8 @@ class Image:
     type (`encoded.eight_bits`). Raises on a picture that is truncated or bombs.
 
     EXIF orientation is ignored, as torchvision and tfds do, so that labels of boxes and published
-    numbers agree; the first such picture is warned of. `upright` turns pictures by it.
+    numbers agree; the first such picture is warned of. `upright` turns pictures by it. (Pillow, and
+    so torchvision, turns a TIFF in any case.)
     """
 
     size: int
