@@ -1,6 +1,7 @@
 """The law of batches, corrupt records, sources and decoding; every file is made here."""
 
 import io
+import itertools
 import json
 import logging
 import os
@@ -364,7 +365,7 @@ def test_a_file_that_goes_away_stops_the_run(tmp_path, monkeypatch):
 # Sources
 
 
-def write_tfds(root, images, labels):
+def write_tfds(root, images, labels, shards=1):
     """What `tfds build --file_format=array_record` leaves, written without TensorFlow."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
@@ -375,14 +376,18 @@ def write_tfds(root, images, labels):
     image = tfds.features.Image(shape=(None, None, 3))
     label = tfds.features.ClassLabel(num_classes=3)
     tfds.features.FeaturesDict({"image": image, "label": label}).save_config(root)
-    file = ArrayRecordWriter(str(root / "tiny-train.array_record-00000-of-00001"), "group_size:1")
-    for picture, number in zip(images, labels, strict=True):
-        example = tf_example_pb2.Example()
-        example.features.feature["image"].bytes_list.value.append(picture)
-        example.features.feature["label"].int64_list.value.append(number)
-        file.write(example.SerializeToString())
-    file.close()
-    split = {"name": "train", "shardLengths": [str(len(images))], "numBytes": "1"}
+    lengths = [len(part) for part in np.array_split(labels, shards)]
+    pairs = zip(images, labels, strict=True)
+    for k, length in enumerate(lengths):
+        name = f"tiny-train.array_record-{k:05d}-of-{shards:05d}"
+        file = ArrayRecordWriter(str(root / name), "group_size:1")
+        for picture, number in itertools.islice(pairs, length):
+            example = tf_example_pb2.Example()
+            example.features.feature["image"].bytes_list.value.append(picture)
+            example.features.feature["label"].int64_list.value.append(number)
+            file.write(example.SerializeToString())
+        file.close()
+    split = {"name": "train", "shardLengths": [str(n) for n in lengths], "numBytes": "1"}
     split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     about = {"name": "tiny", "version": "1.0.0", "fileFormat": "array_record", "splits": [split]}
     (root / "dataset_info.json").write_text(json.dumps(about))

@@ -56,7 +56,8 @@ class TFDS(Source):
 
     @property
     def classes(self) -> list[str]:
-        return list(getattr(self.features.get("label"), "names", ()))
+        named = "label" in self.features and hasattr(self.features["label"], "names")
+        return list(self.features["label"].names) if named else []
 
     @property
     def unlabelled(self) -> str:
