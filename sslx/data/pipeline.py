@@ -291,7 +291,7 @@ class Load:
                 bad[k, name] = f"{type(error).__name__}: {error}"
                 continue
             if self.labels:
-                known = labelled(record.get("label"), record["name"])
+                known = labelled(record.get("label"), record.get("name", f"record {at}"))
                 example = {**example, "label": np.int32(known.get("label", -1))}
             dropped.update(bad)
             return example, hops

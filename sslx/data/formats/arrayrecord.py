@@ -6,7 +6,7 @@ import os
 import resource
 import struct
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -36,8 +36,7 @@ class ArrayRecord(Source):
 
     @functools.cached_property
     def shards(self) -> "Shards":
-        with ThreadPoolExecutor(READERS) as pool:
-            return Shards(list(pool.map(counted, matches("arrayrecord", self.glob))))
+        return Shards(matches("arrayrecord", self.glob))
 
     @functools.cached_property
     def unlabelled(self) -> str:
@@ -70,11 +69,15 @@ class Shard(NamedTuple):
 
 
 class Shards:
-    """The bytes of stretches of ArrayRecord files, numbered through."""
+    """The bytes of ArrayRecord files, or of stretches of them, numbered through.
 
-    def __init__(self, parts: list[Shard]):
-        self.parts = parts
-        self.ends = np.cumsum([part.end - part.begin for part in parts]).tolist()
+    Raises DataError if a file is damaged.
+    """
+
+    def __init__(self, parts: Sequence[str | Shard]):
+        with ThreadPoolExecutor(READERS) as pool:
+            self.parts = list(pool.map(counted, parts))
+        self.ends = np.cumsum([part.end - part.begin for part in self.parts]).tolist()
 
     def __len__(self):
         return self.ends[-1]
@@ -111,8 +114,10 @@ def opened(path: str, time: int):
     return reader(path)
 
 
-def counted(path: str) -> Shard:
+def counted(path: str | Shard) -> Shard:
     """A file with all its records; it is closed again."""
+    if isinstance(path, Shard):
+        return path
     file, time = reader(path), os.stat(path).st_mtime_ns
     try:
         records = file.num_records()
