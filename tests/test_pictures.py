@@ -247,6 +247,7 @@ def test_a_class_is_all_below_its_folder(tmp_path, caplog):
     (tmp_path / "set/dog").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set/cow/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set/cow/ring").symlink_to(tmp_path / "set/cow")
+    (tmp_path / "set/cow/up").symlink_to(tmp_path / "set")
     (tmp_path / "set/cow/.hidden.png").touch()
     source = uris.open_uri(f"folder:{tmp_path}/set")
     ant = ["ant/0.png", "ant/deep/2.Tiff", "ant/deep/er/1.JFIF"]

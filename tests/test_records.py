@@ -184,6 +184,15 @@ def test_files_that_differ_are_refused_at_once(tmp_path, case):
         uris.open_uri(f"parquet:{tmp_path}/*.parquet")
 
 
+@pytest.mark.parametrize("name", ["image", "label"])
+def test_two_columns_of_one_name_are_refused(tmp_path, name):
+    columns = [pa.array(IMAGES[:2]), pa.array([0, 1]), pa.array([1, 2])]
+    columns[2] = columns[name == "label"]
+    pq.write_table(pa.Table.from_arrays(columns, ["image", "label", name]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=f"a.parquet has 2 columns called `{name}`"):
+        uris.open_uri(f"parquet:{tmp_path}/a.parquet")
+
+
 def test_files_may_differ_in_what_is_not_read(tmp_path):
     write(tmp_path / "0.parquet", class_label("ant", "bee"), label=[0, 1])
     write(tmp_path / "1.parquet", {"pandas": "{}"}, label=pa.array([1, 0], pa.int8()), x=[1, 2])

@@ -20,7 +20,7 @@ NOTES = {0xE0: (b"JFIF", 18), 0xE1: (b"Exif\0\0", 10), 0xEE: (b"Adobe", 16)}  # 
 def opened(data: bytes | None):
     """Encoded bytes -> a Pillow picture, not yet decoded; too many pixels raise."""
     if not data:
-        raise ValueError("no bytes")
+        raise ValueError("no bytes: the record holds no picture, or only the path of one")
     if data[:3] == b"\xff\xd8\xff":
         picture = Jpeg(io.BytesIO(bare_jpeg(data)))
     else:

@@ -50,7 +50,7 @@ class Folder(Source):
         if not os.path.isdir(root):
             raise DataError(f"folder: {root!r} is no folder (seen from {os.getcwd()})")
         top = leaf(root)
-        classes = [(path, list(below(path))) for path in top.folders]
+        classes = [(path, list(below(path, top))) for path in top.folders]
         inside = [x for _, leaves in classes for x in leaves if x.pictures]
         if top.pictures and inside:
             raise DataError(
@@ -141,13 +141,16 @@ def leaf(path: str) -> Leaf:
     return held
 
 
-def below(path: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Leaf]:
-    """A folder and all folders below, in the order of their names; a link to one above is none."""
-    held = leaf(path)
-    if held.identity not in above:
-        yield held
-        for inner in held.folders:
-            yield from below(inner, (*above, held.identity))
+def below(path: str, top: Leaf) -> Iterator[Leaf]:
+    """A class folder and all folders below, by their names; a link to one above it is none."""
+    waiting = [(path, (top.identity,))]
+    while waiting:
+        path, above = waiting.pop()
+        held = leaf(path)
+        if held.identity not in above:
+            yield held
+            above = (*above, held.identity)
+            waiting += [(inner, above) for inner in reversed(held.folders)]
 
 
 def passed(leaves: list[Leaf]) -> str:

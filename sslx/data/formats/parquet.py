@@ -156,6 +156,11 @@ def columns(schema, path: str) -> dict[str, Any]:
             f"{path} has no column `image` of encoded bytes or of "
             f"struct<bytes, path>; its columns are {held}"
         )
+    for name in (named[0], "label"):
+        if (times := schema.names.count(name)) > 1:
+            raise DataError(
+                f"{path} has {times} columns called `{name}`: rename or drop all but one"
+            )
     common = {PICTURE: named[0]}
     if "label" not in schema.names:
         return common | {LABEL: ABSENT}
