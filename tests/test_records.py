@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ from test_data import N, encode, numbered, small, take, write_parquet, write_tfd
 from sslx.data import uri as uris
 from sslx.data.formats.arrayrecord import write_arrayrecord
 from sslx.data.image import Image
-from sslx.data.pipeline import Pipeline
+from sslx.data.order import Places
+from sslx.data.pipeline import Load, Pipeline
 from sslx.data.source import DataError, Source
 
 IMAGES = [encode(numbered(i, 8, 8)) for i in range(6)]
@@ -331,6 +333,32 @@ def test_a_file_that_was_written_anew_is_read_anew(tmp_path):
         uri = write(tmp_path / "a.parquet", images=[image])
         [path] = write_arrayrecord(uris.open_uri(uri), f"{tmp_path}/a")
         assert uris.open_uri(f"arrayrecord:{path}")[0]["image"] == image
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "arrayrecord"])
+def test_workers_see_what_was_listed_once(tmp_path, kind):
+    """A file that comes later would shift the records of those that list anew, and of no other."""
+    rows = uris.open_uri(write(tmp_path / "all"))
+    suffix = {"folder": "png", "parquet": "parquet", "arrayrecord": "array_record"}[kind]
+
+    def add(name):
+        path = tmp_path / kind / f"{name}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        if kind == "arrayrecord":
+            [made] = write_arrayrecord(rows, str(tmp_path / name))
+            os.rename(made, path)
+        else:
+            path.write_bytes((tmp_path / "all").read_bytes() if kind == "parquet" else IMAGES[0])
+
+    add("m")
+    glob = "" if kind == "folder" else "/*"
+    pipeline = Pipeline(f"{kind}:{tmp_path}/{kind}{glob}", Image(8), workers=0)
+    count = len(pipeline)
+    load = Load((pipeline.mixture[0][0],), Image(8), False, 0.0, Places(0, count, 0, 0))
+    add("a")
+    worker, anew = (pickle.loads(pickle.dumps(x)) for x in (load, load.sources[0]))
+    assert worker == load and len(worker.sources[0]) == count
+    assert len(anew) == 2 * count
 
 
 # ---- globs ----

@@ -224,6 +224,15 @@ class Load:
     max_corrupt: float
     places: order.Places
 
+    def __getstate__(self):
+        return vars(self), [source.indexed() for source in self.sources]
+
+    def __setstate__(self, state):
+        """Workers list and count nothing again, and so see the same records as each other."""
+        vars(self).update(state[0])
+        for source, index in zip(self.sources, state[1], strict=True):
+            vars(source).update(index)
+
     @cached_property
     def ends(self) -> list[int]:
         return list(accumulate(map(len, self.sources)))

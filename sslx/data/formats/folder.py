@@ -27,6 +27,7 @@ class Folder(Source):
 
     leaves = ("image",)
     decoder = "Image(size)"
+    index = ("tree",)
 
     path: str
 
@@ -58,7 +59,7 @@ class Folder(Source):
                 f"({os.path.relpath(inside[0].path, root)}): move the loose pictures away"
             )
         if not top.pictures and not inside:
-            other = passed([top, *(x for _, leaves in classes for x in leaves)])
+            other = passed(top, classes)
             raise DataError(
                 f"{root} holds no pictures and no class folders of {sorted(EXTENSIONS)}"
                 f"{other and f', only {other}'}"
@@ -82,12 +83,11 @@ class Folder(Source):
     def check(self):
         super().check()
         top, classes = self.tree
-        if other := passed([top, *(x for _, leaves in classes for x in leaves)]):
+        if other := passed(top, classes):
             warned(f"folder:{self.path}: passed over {other}, which are no pictures by their names")
-        empty = [
-            os.path.basename(n) for n, leaves in classes if not any(x.pictures for x in leaves)
-        ]
-        if empty and not self.flat:
+        full = set(self.listing[1])
+        empty = [name for k, name in enumerate(self.classes) if k not in full]
+        if empty:
             few = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
             warned(
                 f"folder:{self.path}: no pictures in {few}, counted among its classes all the same"
@@ -153,9 +153,9 @@ def below(path: str, top: Leaf) -> Iterator[Leaf]:
             waiting += [(inner, above) for inner in reversed(held.folders)]
 
 
-def passed(leaves: list[Leaf]) -> str:
+def passed(top: Leaf, classes: list[tuple[str, list[Leaf]]]) -> str:
     """How many files of which kinds are no pictures, in words."""
-    others = sum((x.others for x in leaves), Counter())
+    others = sum((x.others for _, leaves in classes for x in leaves), top.others)
     kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
     return f"{others.total()} files ({kinds})" if others else ""
 
