@@ -255,6 +255,7 @@ def test_a_class_is_all_below_its_folder(tmp_path, caplog):
     assert [source[i]["label"] for i in range(6)] == [0, 0, 0, 2, 2, 3]
     assert source.classes == ["ant", "bee", "cow", "dog"]
     assert "passed over 2 files (1 .txt, 1 .heic)" in caplog.text
+    assert "3 pictures lie in folders below class folders, such as ant/deep," in caplog.text
     assert "no pictures in bee, counted among its classes all the same" in caplog.text
 
 

@@ -85,6 +85,12 @@ class Folder(Source):
         top, classes = self.tree
         if other := passed(top, classes):
             warned(f"folder:{self.path}: passed over {other}, which are no pictures by their names")
+        if deep := [x for _, leaves in classes for x in leaves[1:] if x.pictures]:
+            count = sum(len(x.pictures) for x in deep)
+            warned(
+                f"folder:{self.path}: {count} pictures lie in folders below class folders, such as "
+                f"{os.path.relpath(deep[0].path, top.path)}, and are of the class above them"
+            )
         full = set(self.listing[1])
         empty = [name for k, name in enumerate(self.classes) if k not in full]
         if empty:
