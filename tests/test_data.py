@@ -1,6 +1,7 @@
 """The law of batches, corrupt records, sources and decoding; every file is made here."""
 
 import io
+import itertools
 import json
 import logging
 import os
@@ -353,20 +354,21 @@ def test_one_corrupt_record_of_a_small_set_is_allowed(tmp_path):
         take(Pipeline(nothing, Image(8), max_corrupt=1.0, workers=0).batches(0, 2), 1)
 
 
-def test_a_file_that_goes_away_stops_the_run(tmp_path):
+def test_a_file_that_goes_away_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("sslx.data.source.PATIENCE", 0.1)
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes(encode(numbered(i)))
     pipeline = Pipeline(f"folder:{tmp_path}", Image(8), max_corrupt=1.0, workers=0)
     assert len(pipeline) == 4
     (tmp_path / "2.png").unlink()
-    with pytest.raises(DataError, match=r"2\.png.*restore"):
+    with pytest.raises(DataError, match=r"record 2 could .*2\.png.*restore"):
         take(pipeline.batches(0, 4), 1)
 
 
 # Sources
 
 
-def write_tfds(root, images, labels):
+def write_tfds(root, images, labels, shards=1):
     """What `tfds build --file_format=array_record` leaves, written without TensorFlow."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
@@ -377,14 +379,18 @@ def write_tfds(root, images, labels):
     image = tfds.features.Image(shape=(None, None, 3))
     label = tfds.features.ClassLabel(num_classes=3)
     tfds.features.FeaturesDict({"image": image, "label": label}).save_config(root)
-    file = ArrayRecordWriter(str(root / "tiny-train.array_record-00000-of-00001"), "group_size:1")
-    for picture, number in zip(images, labels, strict=True):
-        example = tf_example_pb2.Example()
-        example.features.feature["image"].bytes_list.value.append(picture)
-        example.features.feature["label"].int64_list.value.append(number)
-        file.write(example.SerializeToString())
-    file.close()
-    split = {"name": "train", "shardLengths": [str(len(images))], "numBytes": "1"}
+    lengths = [len(part) for part in np.array_split(labels, shards)]
+    pairs = zip(images, labels, strict=True)
+    for k, length in enumerate(lengths):
+        name = f"tiny-train.array_record-{k:05d}-of-{shards:05d}"
+        file = ArrayRecordWriter(str(root / name), "group_size:1")
+        for picture, number in itertools.islice(pairs, length):
+            example = tf_example_pb2.Example()
+            example.features.feature["image"].bytes_list.value.append(picture)
+            example.features.feature["label"].int64_list.value.append(number)
+            file.write(example.SerializeToString())
+        file.close()
+    split = {"name": "train", "shardLengths": [str(n) for n in lengths], "numBytes": "1"}
     split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     about = {"name": "tiny", "version": "1.0.0", "fileFormat": "array_record", "splits": [split]}
     (root / "dataset_info.json").write_text(json.dumps(about))
@@ -619,7 +625,7 @@ def test_bombs_raise_whatever_the_warning_filter(kind, monkeypatch, recwarn):
 
 def test_decoders_are_values():
     assert Image(8) == Image(8, "crop") and hash(Image(8)) == hash(Image(8))
-    assert repr(Image(8)) == "Image(size=8, fit='crop', channels=3)"
+    assert repr(Image(8)) == "Image(size=8, fit='crop', channels=3, upright=False)"
     for wrong in ({"size": 0}, {"size": 8, "channels": 4}):
         with pytest.raises(ValueError, match="channels 1 or 3"):
             Image(**wrong)

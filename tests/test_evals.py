@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -14,8 +15,10 @@ from jax.sharding import PartitionSpec as P
 from sslx import sharding
 from sslx.config import Trained
 from sslx.data.formats.arrays import arrays
+from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
 from sslx.evals import KNN, Features, Health, LinearProbe, Probes, extract, features, health, knn
+from sslx.evals.classes import numbering, renumbered
 from sslx.evals.linear import score
 from sslx.models.encoder import Encoder, Floor, Signature, encoder
 from sslx.objectives.base import Objective
@@ -386,3 +389,73 @@ def test_pairs_are_two_renderings_and_only_made_if_asked():
         )
         gap = seen["x"] - seen["y"]
         assert gap.shape == (64, 192) and np.std(gap) == pytest.approx(0.1 * 2**0.5, rel=0.05)
+
+
+# Classes by name --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "train, test, numbers",
+    [
+        ("ant bee cow", "ant bee cow", [0, 1, 2]),
+        ("ant bee cow", "cow bee", [2, 1]),
+        ("Ant bee", "BEE ant", [1, 0]),
+        ("sea_lion Sea-Horse", "sea-horse sea_lion", [1, 0]),
+        ("a\u0308 b", "b \u00e4", [1, 0]),  # as macOS writes names, and as others do
+        ("Cat cat", "cat Cat", [1, 0]),
+        ("crane crane dog", "crane crane dog", [0, 1, 2]),  # as ImageNet-1k has it
+        ("", "ant bee", []),
+        ("ant bee", "", []),
+    ],
+)
+def test_classes_are_numbered_by_name(train, test, numbers):
+    assert numbering(train.split(), test.split()) == numbers
+
+
+@pytest.mark.parametrize(
+    "train, test", [("ant bee", "ant cow"), ("crane crane", "crane dog"), ("Cat cAt", "cat")]
+)
+def test_a_class_that_training_lacks_is_refused(train, test):
+    sides = f"Training has {', '.join(sorted(train.split()))}; the test set has"
+    with pytest.raises(ValueError, match=f"lacks, or has twice: .*{test[-3:]}.*{sides}"):
+        numbering(train.split(), test.split())
+
+
+def test_labels_follow_their_names():
+    x = np.eye(4, dtype=np.float32)
+    test = Features(x, np.array([0, 1, -1, 0], np.int32))
+    assert renumbered(test, [2, 0]).label.tolist() == [2, 0, -1, 2]
+    assert renumbered(test, [2, 0]).label.dtype == np.int32
+    assert renumbered(test, []) is test
+    with pytest.raises(ValueError, match="a label 1 but names 1 classes"):
+        renumbered(test, [0])
+
+
+def test_a_label_for_each_example_is_no_class():
+    with pytest.raises(ValueError, match="2 examples have labels up to 1073741824: number the"):
+        list(KNN(k=1)(Features(np.eye(2), np.array([0, 2**30])), blobs(3, D=2)))
+
+
+def test_sets_are_matched_by_the_names_of_their_folders(tmp_path, caplog):
+    """The test set lacks the class that sorts first; its pictures are those of the training set."""
+    colors = {"ant": 10, "bee": 90, "cow": 250}
+    for folder, names in {"train": colors, "test": ("bee", "cow"), "other": ("bee", "dog")}.items():
+        for name in names:
+            (tmp_path / folder / name).mkdir(parents=True)
+            for i in range(3):
+                pixels = np.full((8, 8, 3), 128, np.uint8)
+                pixels[:, : 4 + i, :2] = colors.get(name, 0)
+                PIL.Image.fromarray(pixels).save(tmp_path / folder / name / f"{i}.png")
+    train, test, other = (
+        Pipeline(f"folder:{tmp_path}/{name}", Image(8), workers=0)
+        for name in ("train", "test", "other")
+    )
+    probes = replace(PROBES, train=train, test=test, on=(KNN(k=1),), batch_size=8)
+    probes.check()
+    trained = Trained(Probed(), {}, {}, VIEWS)
+    assert dict(probes.measure(PIXELS, trained)) == {"knn/top1": 1.0}
+    with pytest.raises(ValueError, match=r"lacks, or has twice: dog. .* ant, bee, cow; .*bee, dog"):
+        replace(probes, test=other).check()
+    assert not caplog.records
+    replace(probes, test=replace(test, source="digits:test")).check()
+    assert "names its classes and digits:test only numbers them" in caplog.text

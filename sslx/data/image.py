@@ -1,18 +1,20 @@
 """Encoded picture -> uint8 of one fixed shape; everything random happens later, on the device."""
 
-import io
-import threading
-import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import PIL.Image
-from PIL.JpegImagePlugin import JpegImageFile
 
-from sslx.data.source import Shapes
+from sslx.data.encoded import flat, opened, orientation
+from sslx.data.source import Shapes, warned
 
-LOCK = threading.Lock()
+TURN = PIL.Image.Transpose
+UPRIGHT = {  # what lays a picture of an EXIF orientation upright
+    **{2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM},
+    **{5: TURN.TRANSPOSE, 6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90},
+}
+SIDEWAYS = (TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,18 @@ class Image:
 
     Resizing is Pillow's bicubic, antialiased; a picture that already fits is not resampled. A JPEG
     at least four times too large is decoded at a fraction that is still twice `size` or more.
+    Transparency is laid on white; gray of 16 bits and floats become 8 bits by the range of their
+    type (`encoded.eight_bits`). Raises on a picture that is truncated or bombs.
+
     EXIF orientation is ignored, as torchvision and tfds do, so that labels of boxes and published
-    numbers agree. Transparency is laid on white. Raises on a picture that is truncated or bombs.
+    numbers agree; the first such picture is warned of. `upright` turns pictures by it. (Pillow, and
+    so torchvision, turns a TIFF in any case.)
     """
 
     size: int
     fit: Literal["crop", "pad"] = "crop"
     channels: int = 3
+    upright: bool = False
     reads: ClassVar[tuple[str, ...]] = ("image",)
 
     def __post_init__(self):
@@ -61,20 +68,33 @@ class Image:
     def fitted(self, picture) -> tuple[Any, tuple[int, int]]:
         """The picture at its final size, and the (height, width) of it."""
         mode = "RGB" if self.channels == 3 else "L"
-        if picture.size == (self.size, self.size):
-            return flat(picture, mode), picture.size
-        whole, box = self.geometry(*picture.size)
-        if picture.width >= 4 * whole[0]:
-            picture.draft(None, (2 * whole[0], 2 * whole[1]))  # JPEG only; else does nothing
-        size = (box[2] - box[0], box[3] - box[1])
+        turn = self.turn(picture)
+        order = slice(None, None, -1 if turn in SIDEWAYS else 1)
+        size = picture.size[order]
+        whole, box = self.geometry(*size)
+        if size[0] >= 4 * whole[0]:
+            picture.draft(None, tuple(2 * x for x in whole[order]))  # JPEG only; else does nothing
         picture = flat(picture, mode)
+        if turn is not None:
+            picture = picture.transpose(turn)
         if picture.size == whole:
             picture = picture.crop(box)
         else:  # crop and resize at once: only the pixels that stay are computed
+            size = (box[2] - box[0], box[3] - box[1])
             sx, sy = picture.width / whole[0], picture.height / whole[1]
             box = (box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy)
             picture = picture.resize(size, PIL.Image.Resampling.BICUBIC, box=box)
-        return picture, size[::-1]
+        return picture, picture.size[::-1]
+
+    def turn(self, picture) -> PIL.Image.Transpose | None:
+        """What lays a picture upright; None for one that is, or that is to stay as it lies."""
+        turn = UPRIGHT.get(orientation(picture))
+        if turn is not None and not self.upright:
+            warned(
+                "some pictures lie on a side or mirrored by their EXIF orientation, which is "
+                "ignored, as published recipes do; Image(size, upright=True) turns them"
+            )
+        return turn if self.upright else None
 
     def geometry(self, w: int, h: int) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
         """Where a w x h picture goes: its whole resized size, and the box of that to keep."""
@@ -86,43 +106,6 @@ class Image:
         whole = (s, s * h // w) if w < h else (s * w // h, s)
         left, top = round((whole[0] - s) / 2), round((whole[1] - s) / 2)
         return whole, (left, top, left + s, top + s)
-
-
-class Jpeg(JpegImageFile):
-    """A JPEG, opened without probing for formats and without EXIF, whose damage would only warn."""
-
-    def _read_dpi_from_exif(self):
-        pass
-
-
-def opened(data: bytes | None):
-    """Encoded bytes -> a Pillow picture, not yet decoded; too many pixels raise."""
-    if not data:
-        raise ValueError("no bytes")
-    if data[:3] == b"\xff\xd8\xff":
-        picture = Jpeg(io.BytesIO(data))
-    else:
-        with LOCK, warnings.catch_warnings():  # Pillow warns of a bomb, and only twice that raises
-            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-            picture = PIL.Image.open(io.BytesIO(data))
-    w, h = picture.size
-    if w * h > PIL.Image.MAX_IMAGE_PIXELS:
-        raise PIL.Image.DecompressionBombError(f"{w} x {h} pixels")
-    return picture
-
-
-def flat(picture, mode: str):
-    """Any Pillow mode -> RGB or L: 16 bits lose the low byte, transparency is laid on white."""
-    if picture.mode == mode and "transparency" not in picture.info:
-        return picture
-    if picture.mode.startswith("I"):
-        high = np.clip(np.asarray(picture).astype(np.int32) >> 8, 0, 255)
-        picture = PIL.Image.fromarray(high.astype(np.uint8))
-    if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
-        color = picture.convert("RGBA")
-        picture = PIL.Image.new("RGBA", color.size, "white")
-        picture.alpha_composite(color)
-    return picture if picture.mode == mode else picture.convert(mode)
 
 
 def picture_of(image: np.ndarray):

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from sslx.data import order
-from sslx.data.source import DataError, Example, Record, Shapes, Source
+from sslx.data.source import DataError, Example, Record, Shapes, Source, labelled, patiently
 from sslx.data.uri import open_uri
 from sslx.data.workers import cores, mark_flags_parsed, off_device, spawning
 
@@ -102,14 +102,35 @@ class Pipeline:
         return self.ends[-1]
 
     @cached_property
+    def unlabelled(self) -> str:
+        """Why records have no labels; empty if they have."""
+        return next((reason for source, _ in self.mixture if (reason := source.unlabelled)), "")
+
+    @property
     def labelled(self) -> bool:
-        return all("label" in source[0] for source, _ in self.mixture)
+        return not self.unlabelled
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The names of the labels 0, 1, ..., the same in all sources; empty without names."""
+        first, *others = [(source, source.classes) for source, _ in self.mixture]
+        for source, classes in others:
+            if classes != first[1]:
+                raise DataError(
+                    f"{first[0]} and {source} have other classes, {', '.join(first[1][:9])} and "
+                    f"{', '.join(classes[:9])}: give labelled sources of a mixture the same ones"
+                )
+        return first[1]
 
     def check(self) -> None:
         """Raise DataError now for what can be known to fail later: opens every source."""
         _ = self.mixture
         if self.labels and not self.labelled:
-            raise DataError(f"{self.source} has records without a label: use labels=False")
+            raise DataError(
+                f"{self.source} has records without a label, for {self.unlabelled}: "
+                "use labels=False"
+            )
+        _ = self.labels and self.classes
 
     def shapes(self, batch_size: int) -> Shapes:
         """Shape and dtype of every array of a global batch; reads no data."""
@@ -243,6 +264,15 @@ class Load:
     numbers: order.Shuffled | order.Once
     pieces: tuple[Sequence[int], ...]  # rows
 
+    def __getstate__(self):
+        return vars(self), [source.indexed() for source in self.sources]
+
+    def __setstate__(self, state):
+        """Workers list and count nothing again, and so see the same records as each other."""
+        vars(self).update(state[0])
+        for source, index in zip(self.sources, state[1], strict=True):
+            vars(source).update(index)
+
     @cached_property
     def ends(self) -> list[int]:
         return list(accumulate(map(len, self.sources)))
@@ -308,8 +338,8 @@ class Load:
             at = (first + hops) % len(source)
             record = records.get((k, at))
             try:
-                record = record or read(source, at)
-                example = self.decoded(record, place)
+                record = record or patiently(source, at, source.__getitem__, at)
+                example = patiently(source, at, self.decoded, record, place)
             except DataError:
                 raise
             except Exception as error:  # decoders raise what they like: SyntaxError, struct.error
@@ -317,7 +347,8 @@ class Load:
                 names[name] = f"{type(error).__name__}: {error}"
                 continue
             if self.labels:
-                example = {**example, "label": np.int32(record.get("label", -1))}
+                known = labelled(record.get("label"), record.get("name", f"record {at}"))
+                example = {**example, "label": np.int32(known.get("label", -1))}
             return example, float(hops > 0)
         shapes = source.shapes if self.decode is None else self.decode.shapes
         shapes = shapes | ({"label": ((), np.int32)} if self.labels else {})
@@ -377,17 +408,6 @@ class Batches(Iterator[Batch]):
 def end(elements: list) -> None:
     """Close a Grain iterator, which would log an error if it were alive at exit."""
     elements.pop().close()
-
-
-def read(source: Source, index: int) -> dict[str, Any]:
-    """source[index]; raises DataError for a missing file, which is no corrupt record."""
-    try:
-        return source[index]
-    except OSError as error:
-        raise DataError(
-            f"{source}: record {index} became unreadable during the run ({error}); "
-            "restore the file and resume"
-        ) from error
 
 
 def allowed(max_corrupt: float, source: Source) -> int:

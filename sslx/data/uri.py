@@ -24,12 +24,13 @@ def digits(split: str = "") -> Source:
 
 
 def parquet(glob: str) -> Source:
-    """Column `image`, struct<bytes, path> or plain bytes; column `label` where there is one."""
+    """Column `image`, struct<bytes, path> or plain bytes; column `label`, whole numbers or words,
+    where there is one."""
     return Parquet(glob)
 
 
 def folder(path: str) -> Source:
-    """One folder for each class, or one flat folder without labels."""
+    """One folder for each class, with all pictures below it, or one flat folder without labels."""
     return Folder(path)
 
 

@@ -19,6 +19,7 @@ from sslx.sharding import placed, rows_here, ways
 from sslx.types import Array
 
 View = Callable[[Array, Any], Any]  # (key, batch) -> batch that the encoder reads
+MOST = 100_000  # classes that a probe takes, unless there are more examples than that
 IN_FLIGHT = 4  # batches dispatched before the oldest one's features are fetched
 
 
@@ -26,8 +27,8 @@ IN_FLIGHT = 4  # batches dispatched before the oldest one's features are fetched
 class Labelled(Protocol):
     """A set to evaluate on, a Pipeline: every example once, in batches of one shape.
 
-    And `labelled`, whether records have labels: no member here, for isinstance would read it, and
-    so open the files, when a recipe is built.
+    And `unlabelled`, why records have no labels, empty if they have, and `classes`, their names:
+    no members here, for isinstance would read them, and so open the files, when a recipe is built.
     """
 
     def check(self) -> None: ...
@@ -69,7 +70,8 @@ class Features:
     def classes(self) -> int:
         """The number of classes: one more than the largest label.
 
-        Raises ValueError where examples have no label (-1).
+        Raises ValueError where examples have no label (-1), and for labels that are far more than
+        examples, which are names of records and not of classes.
         """
         unlabelled = int((self.label < 0).sum())
         if unlabelled:
@@ -78,7 +80,13 @@ class Features:
                 f"with a label on every record (class folders, a `label` column), or with Health "
                 f"alone, Probes(on=(Health(),))."
             )
-        return int(self.label.max()) + 1
+        classes = int(self.label.max()) + 1
+        if classes > max(len(self.label), MOST):
+            raise ValueError(
+                f"{len(self.label)} examples have labels up to {classes - 1}: number the classes "
+                f"from 0, without gaps."
+            )
+        return classes
 
 
 def extract(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from sslx.config import Eval, Numbers, Progress, Trained
+from sslx.evals.classes import numbering, renumbered
 from sslx.evals.features import Features, Labelled, extract
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
@@ -18,6 +20,7 @@ from sslx.models.encoder import Encoder, Pool, chosen
 from sslx.types import Array
 from sslx.views import Views
 
+log = logging.getLogger("sslx")
 Pairs = Callable[[], tuple[np.ndarray, np.ndarray]]
 # A value with a `name`, or a function.
 Probe = Callable[[Features, Features, Pairs | None, Progress], Iterator[tuple[str, float]]]
@@ -44,11 +47,19 @@ class Probes(Eval):
         """Raise ValueError now if a set cannot be opened or has no labels."""
         for data in (self.train, self.test):
             data.check()
-            if not data.labelled:
+            if data.unlabelled:
                 raise ValueError(
-                    f"Probes read labels, but {data.source} has none: name a source with labels "
-                    f"(class folders, a `label` column) as their train and test."
+                    f"Probes read labels, but {data.source} has none, for {data.unlabelled}: "
+                    f"name sources with labels (class folders, a `label` column)."
                 )
+        numbers = numbering(self.train.classes, self.test.classes)
+        if not numbers and (self.train.classes or self.test.classes):
+            named, other = (self.train, self.test)[:: 1 if self.train.classes else -1]
+            log.warning(
+                "%s names its classes and %s only numbers them: labels are compared by number",
+                named.source,
+                other.source,
+            )
 
     def __call__(self, trained: Trained) -> Iterator[tuple[str, float]]:
         return self.measure(self.encoder_of(trained), trained)
@@ -95,6 +106,7 @@ class Probes(Eval):
 
         train = features("features of train", self.train, views.eval)
         test = features("features of test", self.test, views.eval)
+        test = renumbered(test, numbering(self.train.classes, self.test.classes))
         augmented = views.train != views.eval  # else an example has no two renderings
         for probe in self.on:
             yield from probe(train, test, pairs if augmented else None, progress)

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from sslx.data.source import DataError, Record, Source, matches, needs, place
+from sslx.data.source import DataError, Record, Source, labelled, matches, needs, place
 
 READERS = 16  # files counted at once, for disks that are far
 ALLOWED, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # files that a process may open
@@ -30,6 +30,7 @@ class ArrayRecord(Source):
 
     leaves = ("image",)
     decoder = "Image(size)"
+    index = ("shards",)
 
     glob: str
     HEADER: ClassVar[struct.Struct] = struct.Struct("<4sq")
@@ -37,6 +38,11 @@ class ArrayRecord(Source):
     @functools.cached_property
     def shards(self) -> "Shards":
         return Shards(matches("arrayrecord", self.glob))
+
+    @functools.cached_property
+    def unlabelled(self) -> str:
+        [(first, name)] = self.shards.read([0])
+        return "" if first[:4] == b"sslx" else f"{name} is a picture alone, without HEADER"
 
     def __len__(self):
         return self.shards.ends[-1]
@@ -51,8 +57,7 @@ class ArrayRecord(Source):
         if data[:4] != b"sslx":
             return {"image": data, "name": name}
         label = self.HEADER.unpack_from(data)[1]
-        record = {"image": data[self.HEADER.size :], "name": name}
-        return record if label < 0 else record | {"label": label}
+        return {"image": data[self.HEADER.size :], "name": name} | labelled(label, name)
 
 
 class Shard(NamedTuple):
@@ -127,7 +132,8 @@ def write_arrayrecord(source: Iterable[Record] | Source, path: str, shards: int 
     """Copy a source into ArrayRecord files `path-00000-of-00001` ...; returns their names.
 
     Encoded pictures are copied byte for byte, arrays become PNG. Each record is its own group,
-    uncompressed (pictures already are), so any one is read alone.
+    uncompressed (pictures already are), so any one is read alone. Labels stay the numbers that they
+    are; the names of classes are not kept.
     """
     writer = needs("array_record.python.array_record_module", "array_record").ArrayRecordWriter
     paths = [f"{path}-{k:05d}-of-{shards:05d}" for k in range(shards)]
@@ -136,7 +142,8 @@ def write_arrayrecord(source: Iterable[Record] | Source, path: str, shards: int 
         record = source[index]
         image, label = record["image"], record.get("label", -1)
         image = png(image) if isinstance(image, np.ndarray) else image
-        files[index * shards // len(source)].write(ArrayRecord.HEADER.pack(b"sslx", label) + image)
+        header = b"" if source.unlabelled else ArrayRecord.HEADER.pack(b"sslx", label)
+        files[index * shards // len(source)].write(header + image)
     for file in files:
         file.close()
     return paths

@@ -5,7 +5,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from sslx.data.source import DataError, Record, Source, needs
+from sslx.data.formats.arrayrecord import Shard, Shards
+from sslx.data.source import DataError, Record, Source, labelled, needs, unlabelled_among
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,17 @@ class TFDS(Source):
         try:
             if os.path.isdir(path):
                 builder = tfds.builder_from_directory(path)
-                return builder.as_data_source(split=self.split, decoders=decoders)
-            where = {"data_dir": data_dir, "download": False}
-            return tfds.data_source(self.name, split=self.split, decoders=decoders, **where)
+                rows = builder.as_data_source(split=self.split, decoders=decoders)
+            else:
+                where = {"data_dir": data_dir, "download": False}
+                rows = tfds.data_source(self.name, split=self.split, decoders=decoders, **where)
+            info = rows.dataset_info
+            if info.file_format.value == "array_record":  # whose own source closes no file again
+                parts = info.splits[self.split].file_instructions
+                rows.data_source = Shards(
+                    [Shard(os.fspath(p.filename), p.skip, p.skip + p.take, 0) for p in parts]
+                )
+            return rows
         except Exception as error:  # tfds raises many kinds; the first line says which
             reason = (str(error).splitlines() or [repr(error)])[0]
             raise DataError(
@@ -41,10 +50,23 @@ class TFDS(Source):
                 f"tfds build {self.name} --file_format=array_record"
             ) from error
 
+    @property
+    def features(self):
+        return self.rows.dataset_info.features
+
+    @property
+    def classes(self) -> list[str]:
+        named = "label" in self.features and hasattr(self.features["label"], "names")
+        return list(self.features["label"].names) if named else []
+
+    @property
+    def unlabelled(self) -> str:
+        return "" if "label" in self.features else unlabelled_among(self.features)
+
     def check(self):
         super().check()
-        if "image" not in self.rows[0]:
-            raise DataError(f"{self} has no feature `image`, only {', '.join(self.rows[0])}")
+        if "image" not in self.features:
+            raise DataError(f"{self} has no feature `image`, only {', '.join(self.features)}")
 
     def __len__(self):
         return len(self.rows)
@@ -60,4 +82,4 @@ class TFDS(Source):
 
     def record(self, index: int, row: dict[str, Any]) -> Record:
         record = {"image": row["image"], "name": f"tfds:{self.name}:{self.split}#{index}"}
-        return record | {"label": int(row["label"])} if "label" in row else record
+        return record | labelled(row.get("label"), record["name"])
