@@ -83,7 +83,7 @@ class Watch:
     def newest(self, before: int | None = None) -> int:
         """The newest checkpoint, once all is written, or the newest before a step; 0 for none."""
         self.checkpoints.wait()
-        return max((s for s in self.checkpoints.steps() if before is None or s < before), default=0)
+        return max((s for s in self.checkpoints.good() if before is None or s < before), default=0)
 
 
 class Scores:

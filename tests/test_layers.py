@@ -14,7 +14,7 @@ REPO = Path(__file__).parents[1]
 LAYERS = """
 types vocabulary
 ops
-schedules data sharding
+schedules data sharding digest processes
 models optim views checkpoint log signals
 objectives groups
 export
