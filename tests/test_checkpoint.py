@@ -411,7 +411,7 @@ def test_a_listing_that_is_late_hides_and_removes_nothing(tmp_path, monkeypatch)
 
 
 def test_a_checkpoint_that_this_host_does_not_see_yet_is_waited_for(tmp_path, caplog, monkeypatch):
-    checkpoints, finished, seen = Checkpoints(tmp_path), checkpoint._finished, []
+    checkpoints, seen = Checkpoints(tmp_path), []
     save_all(checkpoints, [1, 2])
     checkpoints = Checkpoints(tmp_path)
     monkeypatch.setattr(checkpoint, "of_first", lambda x: np.where(x == 1, 2, -1))
