@@ -115,6 +115,11 @@ def _finished(path: epath.Path) -> bool:
         return False
 
 
+def _size(arrays: dict[str, Array]) -> int:
+    """The bytes of a checkpoint, with ample room for what orbax writes about each array."""
+    return sum(x.nbytes for x in arrays.values()) + 4096 * (len(arrays) + 16)
+
+
 def _reason(error: BaseException) -> str:
     """The first cause of an error in one line, without tensorstore's details."""
     while error.__cause__ is not None:
@@ -198,7 +203,7 @@ class Checkpoints:
             record = _seal({path: [_kind(x), digests[path]] for path, x in arrays.items()})
             arrays = {path: data(x) for path, x in arrays.items()}
             try:
-                by_first(functools.partial(self._prepare, sum(x.nbytes for x in arrays.values())))
+                by_first(functools.partial(self._prepare, _size(arrays)))
                 target, tree = self.directory / str(step), ocp.args.PyTreeSave(arrays)
                 self._orbax.save(target, args=tree, custom_metadata=record, force=True)
             except OSError as error:
@@ -206,8 +211,8 @@ class Checkpoints:
         self._pending = self._worker.submit(self._finish, step, record)
 
     def _prepare(self, size: int) -> None:
-        """Remove half-written attempts; raise OSError if the disk has no room for `size` bytes, of
-        which orbax logs a traceback for each array."""
+        """Remove half-written attempts; raise OSError where the disk has no room for `size` bytes:
+        orbax would log a traceback for every array."""
         self._sweep()
         folder = next(p for p in (self.directory, *self.directory.parents) if p.exists())
         if not self._remote and (free := shutil.disk_usage(folder).free) < size:

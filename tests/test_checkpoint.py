@@ -595,6 +595,25 @@ def test_a_full_disk_stops_nothing(small_disk, caplog):
     checkpoints.close()
 
 
+def test_a_full_disk_is_told_in_one_line(small_disk):
+    process = child(
+        """
+        import logging, sys, jax.numpy as jnp
+        from sslx.checkpoint import Checkpoints
+        logging.basicConfig(format="%(message)s")
+        checkpoints = Checkpoints(sys.argv[1])
+        for step in (1, 2, 3):
+            checkpoints.save(step, {str(i): jnp.ones(5_000) for i in range(75)})  # 1.5 MB
+        checkpoints.close()
+        """,
+        small_disk / "run",
+    )
+    text, _ = process.communicate(timeout=60)
+    lines = text.splitlines()
+    assert process.returncode == 0 and len(lines) == 2, text
+    assert "step 2 is lost (OSError: [Errno 28] No space left on device, 1.8 MiB are" in lines[0]
+
+
 def test_a_disk_without_room_for_a_directory(small_disk, caplog):
     subprocess.run(["mount", "-o", "remount,nr_inodes=3", small_disk], check=True)
     checkpoints = Checkpoints(small_disk / "run")
