@@ -59,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     train_.add_argument(
         "--accept-changes", action="store_true", help="resume although the recipe has changed"
     )
+    train_.add_argument(
+        "--force", action="store_true", help="train although another process may write to RUN"
+    )
     added = command(eval_, "run every eval of the recipe, beside random init and the raw input")
     added.add_argument("workdir", type=Path, metavar="RUN")
     added.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="labelled URIs")
@@ -132,7 +135,7 @@ def train(arguments) -> None:
     start_jax()
     from sslx.run import fit_recipe
 
-    fit_recipe(recipe, run, arguments.accept_changes)
+    fit_recipe(recipe, run, arguments.accept_changes, arguments.force)
 
 
 def eval_(arguments) -> None:

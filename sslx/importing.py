@@ -9,6 +9,7 @@ from typing import Any
 from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.config import Config, ConfigError, lines
 from sslx.export import hf
+from sslx.lock import writing
 from sslx.recipes import Recipe
 from sslx.run import Run
 from sslx.state import first_state
@@ -39,11 +40,12 @@ def import_checkpoint(
     except ValueError as error:
         hint = "Or name a recipe whose data are like those of the checkpoint, --recipe RECIPE."
         raise ConfigError(f"{base.path}: {error} {hint}") from error
-    recipe.save(run)
-    checkpoints = Checkpoints(run / "checkpoints", config.keep)
-    checkpoints.save(0, state)
-    checkpoints.close()
-    if not checkpoints.steps():
+    with writing(run):
+        recipe.save(run)
+        checkpoints = Checkpoints(run / "checkpoints", config.keep)
+        checkpoints.save(0, state)
+        checkpoints.close()
+    if not checkpoints.good():
         raise CheckpointError(f"{run} could not be written: make room and import again.")
     return Run(run, config)
 

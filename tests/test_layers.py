@@ -20,7 +20,7 @@ objectives groups
 export
 start
 config
-recipes
+recipes lock
 state evals
 watch
 engine
