@@ -7,6 +7,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from sslx.console import lasting_streams
+
 EPILOG = """\
 `sslx train` without a name lists the recipes. name=value fills an argument of the recipe's
 config(), a.b.c=value replaces along a path of it; `sslx show RECIPE` prints every path."""
@@ -24,15 +26,16 @@ def main(argv: list[str] | None = None) -> int:
         from sslx.recipes import shipped
 
         root.error(f"name a recipe, a .py file or one of these: {', '.join(shipped())}")
-    try:
-        return arguments.run(arguments) or 0
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except Exception as error:
-        if arguments.traceback or not mendable(error):
-            raise
-        hint = "" if ours(error) else " (--traceback shows where)"
-        return fail(f"{error}{hint}", getattr(error, "code", 1))
+    with lasting_streams():
+        try:
+            return arguments.run(arguments) or 0
+        except KeyboardInterrupt:
+            return fail("interrupted", 130)
+        except Exception as error:
+            if arguments.traceback or not mendable(error):
+                raise
+            hint = "" if ours(error) else " (--traceback shows where)"
+            return fail(f"{error}{hint}", getattr(error, "code", 1))
 
 
 def parser() -> argparse.ArgumentParser:

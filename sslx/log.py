@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sslx.console import lasting
 
 Value = float | np.ndarray  # a number, or a uint8 picture [H, W, C]
 
@@ -98,7 +101,7 @@ class Log:
     def __init__(self, run: Path, steps: int, start: int = 0):
         self.speaks = jax.process_index() == 0
         self.run, self.steps = run, steps
-        self.console = Console(stderr=True, quiet=not self.speaks)
+        self.console = Console(file=lasting(sys.stderr), quiet=not self.speaks)
         self.handler = Handler(self.console)
         log.addHandler(self.handler)
         columns = [TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(None)]
