@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import time
 import zlib
@@ -30,6 +31,7 @@ from sslx.types import Array, Tree
 
 log = logging.getLogger("sslx")
 
+ATTEMPT = re.compile(r"(0|[1-9][0-9]*)(\.orbax-checkpoint-tmp.*)?")  # renamed when whole
 PATIENCE = 60  # seconds that a host waits to see a checkpoint that process 0 sees
 
 
@@ -107,12 +109,11 @@ def _record(path: epath.Path) -> dict[str, list]:
 
 def _finished(path: epath.Path) -> bool:
     """Whether it was committed, even if it was damaged later: either of two markers is enough."""
-    if not path.name.isdecimal() or (path / "commit_success.txt").exists():
-        return path.name.isdecimal()
     try:
-        return bool(_record(path))
+        committed = (path / "commit_success.txt").exists() or bool(_record(path))
     except Exception:
-        return False
+        committed = False
+    return committed and path.name.isdecimal()
 
 
 def _size(arrays: dict[str, Array]) -> int:
@@ -181,9 +182,9 @@ class Checkpoints:
         return [step for step in self.steps() if step not in self._bad]
 
     def _attempts(self) -> list[epath.Path]:
-        """The paths of all checkpoints, also those unfinished or left by a kill."""
+        """The paths of all checkpoints, also unfinished ones; other entries are the user's."""
         entries = self.directory.iterdir() if self.directory.exists() else []
-        return [path for path in entries if path.name.split(".")[0].isdecimal()]
+        return [path for path in entries if ATTEMPT.fullmatch(path.name) and path.is_dir()]
 
     # ---- saving ----
 

@@ -120,7 +120,14 @@ def recipe_of(run: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """The recipe that a run directory was started with, and more overrides."""
     if not (run / "overrides.json").is_file():
         raise ConfigError(f"{run} is no run: it has no overrides.json; name the --workdir of one.")
-    stored = json.loads((run / "overrides.json").read_text())
+    stored = None
+    with contextlib.suppress(ValueError):
+        stored = json.loads((run / "overrides.json").read_text())
+    if not isinstance(stored, list) or not all(isinstance(text, str) for text in stored):
+        raise ConfigError(
+            f"{run}/overrides.json is damaged: name the recipe and its overrides again, `sslx "
+            f"train RECIPE name=value ... --workdir {run} --accept-changes`."
+        )
     return Recipe(run / "recipe.py", (*stored, *overrides))
 
 

@@ -5,7 +5,6 @@ The command line and a notebook call the same functions.
 
 import contextlib
 import dataclasses
-import json
 import re
 import shutil
 import tempfile
@@ -38,7 +37,7 @@ from sslx.evals.probes import Probes
 from sslx.export import hf, timm
 from sslx.export.card import About
 from sslx.lock import writing
-from sslx.log import step_rows, write_picture, write_whole
+from sslx.log import add_scores, read_scores, step_rows, write_picture, write_whole
 from sslx.models.encoder import Encoder, chosen
 from sslx.ops.flops import flops
 from sslx.ops.trees import path_of
@@ -129,7 +128,7 @@ def start(
 def keep(config: Config, run: Path) -> None:
     """Write a config made in Python into a run directory, so that it opens like any other."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.pickle").write_bytes(cloudpickle.dumps(config))
+    write_whole(run / "config.pickle", cloudpickle.dumps(config))
     write_whole(run / "recipe.py", PICKLED)
     write_whole(run / "overrides.json", "[]\n")
     write_whole(run / "config.txt", printed(config))
@@ -254,19 +253,12 @@ class Run:
                 if isinstance(picture, np.ndarray):
                     write_picture(self.path, f"{name}-{step:06d}", picture)
             where = f" on {' '.join(map(shown, data))}" if data else ""
-            self.record({f"{name}{where}": of for name, of in columns.items()})
+            add_scores(self.path, {f"{name}{where}": of for name, of in columns.items()})
         return columns
-
-    def record(self, columns: Numbers) -> None:
-        """Add numbers to evals.json; those of the same names are replaced."""
-        known = self.scores()
-        merged = known | {name: known.get(name, {}) | of for name, of in columns.items()}
-        write_whole(self.path / "evals.json", json.dumps(merged, indent=1) + "\n")
 
     def scores(self) -> Numbers:
         """{column: {name: value}} of evals.json, empty before the first evaluation."""
-        path = self.path / "evals.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_scores(self.path)
 
     def export(
         self,

@@ -453,6 +453,19 @@ def test_stray_directories(saved, caplog):
     assert not (saved.directory / "8.orbax-checkpoint-tmp").exists()
 
 
+def test_what_the_user_put_beside_checkpoints_stays(saved):
+    (saved.directory / "2.bak").mkdir()
+    (saved.directory / "02").mkdir()
+    for name in ("7", "notes.txt", ".DS_Store", "8.txt"):
+        (saved.directory / name).touch()
+    again = reopen(saved)
+    assert again.steps() == [1, 2, 3] and again.restore(abstract(state()))[0] == 3
+    again.save(4, state(4))
+    again.wait()
+    assert {"2.bak", "02", "7", "notes.txt", "8.txt"} <= set(os.listdir(saved.directory))
+    again.close()
+
+
 def test_only_strays_is_a_new_run(tmp_path, caplog):
     (tmp_path / "9").mkdir()
     assert Checkpoints(tmp_path).restore(abstract(state())) is None
