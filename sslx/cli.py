@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             return fail("interrupted", 130)
         except Exception as error:
+            if not arguments.traceback and not mendable(error) and (place := in_recipe(error)):
+                return fail(f"{place} (--traceback shows all)", 1)
             if arguments.traceback or not mendable(error):
                 raise
             hint = "" if ours(error) else " (--traceback shows where)"
@@ -108,6 +110,22 @@ def mendable(error: Exception) -> bool:
     from sslx.watch import Diverged
 
     return isinstance(error, ValueError | OSError | CheckpointError | Diverged | Interrupted)
+
+
+def in_recipe(error: Exception) -> str:
+    """An error with the file, line and text of the recipe where it arose; empty if elsewhere."""
+    frames = [
+        (frame, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).startswith("recipe:")
+    ]
+    if not frames:
+        return ""
+    [summary] = traceback.StackSummary.extract(iter(frames[-1:]))
+    text = " ".join(str(error).split())
+    return (
+        f"{summary.filename}:{summary.lineno}: {type(error).__name__}: {text}\n    {summary.line}"
+    )
 
 
 def ours(error: Exception) -> bool:
