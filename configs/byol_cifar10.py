@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from sslx.config import Config
 from sslx.data.image import Image
+from sslx.data.part import train_and_test
 from sslx.data.pipeline import Pipeline
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
@@ -41,6 +42,7 @@ from sslx.types import Schedule
 from sslx.views import IMAGENET, Views, cifar_asymmetric
 
 TRAIN = 50_000  # images
+CIFAR = ("tfds:cifar10:train", "tfds:cifar10:test")
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ PUBLISHED = {
 
 
 def config(
-    data: str = "tfds:cifar10:train",
-    test: str = "tfds:cifar10:test",
+    data: str = CIFAR[0],
+    test: str = "",  # of other data: a share is held out
     published: Literal["lightly", "solo-learn"] = "lightly",
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -108,7 +110,7 @@ def config(
     steps, warm = epochs * per_epoch, min(10, epochs // 4) * per_epoch
     head = p.head.clone(dtype=dtype)  # the projector's form and the predictor's
     encoder = resnet(depth, stem=p.stem, last_gamma=1.0, kernel_init=p.kernel_init, dtype=dtype)
-    pipeline, held_out = Pipeline(data, Image(32)), Pipeline(test, Image(32))
+    pipeline, held_out = (Pipeline(d, Image(32)) for d in train_and_test(data, test, CIFAR))
     return Config(
         objective=BYOL(Siamese(encoder, head, head.clone()), p.decay(steps)),
         data=pipeline,

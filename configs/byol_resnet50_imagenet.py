@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from sslx.config import Config
 from sslx.data.image import Image
+from sslx.data.part import Part, train_and_test
 from sslx.data.pipeline import Pipeline
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
@@ -27,6 +28,7 @@ from sslx.schedules import Cosine, Warmup
 from sslx.views import byol
 
 TRAIN = 1_281_167  # images
+SETS = ("tfds:imagenet2012:train", "tfds:imagenet2012:validation")
 PRESETS = {  # epochs: learning rate for a batch of 256, weight decay, first tau of the target
     40: (0.45, 1e-6, 0.97),
     100: (0.45, 1e-6, 0.99),
@@ -40,12 +42,14 @@ def config(
     width: int = 1,
     epochs: int = 1000,
     batch_size: int = 4096,
-    data: str = "tfds:imagenet2012:train",
-    labelled: str = "tfds:imagenet2012:train[:10%]",
-    test: str = "tfds:imagenet2012:validation",
+    data: str = SETS[0],
+    labelled: str = "",  # what the probes learn from: a tenth of the data
+    test: str = "",  # of other data: a share is held out
 ) -> Config:
     decode, half = Image(384, fit="pad"), jnp.bfloat16
     rate, decay, tau = PRESETS[max((n for n in PRESETS if n <= epochs), default=min(PRESETS))]
+    data, test = train_and_test(data, test, SETS)
+    tenth = "tfds:imagenet2012:train[:10%]" if data == SETS[0] else Part(data, 10)
     per_epoch = TRAIN // batch_size
     steps, warm = epochs * per_epoch, min(10, epochs // 4) * per_epoch
     encoder = resnet(depth, width, kernel_init=lecun, dtype=half)
@@ -59,7 +63,9 @@ def config(
         steps=steps,
         batch_size=batch_size,
         evals={
-            "probes": Probes(Pipeline(labelled, decode), Pipeline(test, decode), (KNN(), Health()))
+            "probes": Probes(
+                Pipeline(labelled or tenth, decode), Pipeline(test, decode), (KNN(), Health())
+            )
         },
         log_every=100,
         save_every=per_epoch,

@@ -22,6 +22,7 @@ The default, 200 epochs of width 192 and depth 12, has not been run.
 
 from sslx.config import Config
 from sslx.data.image import Image
+from sslx.data.part import train_and_test
 from sslx.data.pipeline import Pipeline
 from sslx.evals.pictures import Reconstructions
 from sslx.evals.probes import Probes
@@ -32,19 +33,19 @@ from sslx.schedules import Cosine, Warmup
 from sslx.views import CIFAR10, mae
 
 TRAIN = 50_000  # images
+CIFAR = ("tfds:cifar10:train", "tfds:cifar10:test")
 
 
 def config(
-    data: str = "tfds:cifar10:train",
-    test: str = "tfds:cifar10:test",
+    data: str = CIFAR[0],
+    test: str = "",  # of other data: a share is held out
     epochs: int = 200,
     batch_size: int = 256,
     width: int = 192,
     depth: int = 12,
     rate: float = 5e-4,
 ) -> Config:
-    pipeline = Pipeline(data, Image(32))
-    held_out = Pipeline(test, Image(32))
+    pipeline, held_out = (Pipeline(d, Image(32)) for d in train_and_test(data, test, CIFAR))
     per_epoch = TRAIN // batch_size
     steps, warm = epochs * per_epoch, epochs * per_epoch // 10
     peak = scaled(rate, batch_size)

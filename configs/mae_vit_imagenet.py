@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from sslx.config import Config
 from sslx.data.image import Image
+from sslx.data.part import Part, train_and_test
 from sslx.data.pipeline import Pipeline
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
@@ -29,18 +30,21 @@ from sslx.schedules import Cosine, Warmup
 from sslx.views import IMAGENET, mae
 
 TRAIN = 1_281_167  # images
+SETS = ("tfds:imagenet2012:train", "tfds:imagenet2012:validation")
 
 
 def config(
     variant: str = "L",
     epochs: int = 800,
     batch_size: int = 4096,
-    data: str = "tfds:imagenet2012:train",
-    labelled: str = "tfds:imagenet2012:train[:10%]",
-    test: str = "tfds:imagenet2012:validation",
+    data: str = SETS[0],
+    labelled: str = "",  # what the probes learn from: a tenth of the data
+    test: str = "",  # of other data: a share is held out
 ) -> Config:
     decode = Image(384, fit="pad")
     bf16 = {"dtype": jnp.bfloat16, "remat": "full"}
+    data, test = train_and_test(data, test, SETS)
+    tenth = "tfds:imagenet2012:train[:10%]" if data == SETS[0] else Part(data, 10)
     per_epoch = TRAIN // batch_size
     steps, warm = epochs * per_epoch, 40 * per_epoch
     rate = scaled(1.5e-4, batch_size)
@@ -53,7 +57,7 @@ def config(
         steps=steps,
         batch_size=batch_size,
         evals={
-            "probes": Probes(Pipeline(labelled, decode), held_out, on=(KNN(), Health())),
+            "probes": Probes(Pipeline(labelled or tenth, decode), held_out, on=(KNN(), Health())),
             "pictures": Reconstructions(held_out, *IMAGENET),
         },
         log_every=100,

@@ -27,6 +27,7 @@ after 1,798).
 """
 
 from sslx.config import Config
+from sslx.data.part import train_and_test
 from sslx.data.pipeline import Pipeline
 from sslx.data.text.documents import Text
 from sslx.data.text.windows import Window
@@ -42,12 +43,13 @@ from sslx.optim import AdamW
 from sslx.schedules import Cosine, Warmup
 from sslx.vocabulary import Vocabulary
 
+NOVELS = ("tokens:windows/train", "tokens:windows/validation")
 WINDOWS = 92_108  # of 128 tokens in the novels, 11.6 million in all
 
 
 def config(
-    data: str = "tokens:windows/train",
-    test: str = "tokens:windows/validation",
+    data: str = NOVELS[0],
+    test: str = "",  # of other data: a share is held out
     news: str = "",
     epochs: float = 1.75,
     batch_size: int = 32,
@@ -57,6 +59,8 @@ def config(
     depth: int = 3,
     learning_rate: float = 2e-3,
 ) -> Config:
+    tokenizer = data.removeprefix("tokens:")
+    data, test = train_and_test(data, test, NOVELS)
     words = Vocabulary(vocabulary_size)
     window = Window(length, words)
     steps = int(epochs * WINDOWS * 128 / length) // batch_size
@@ -75,7 +79,7 @@ def config(
     evals = {"perplexity": Perplexity(Pipeline(test, window), batches=16)}
     if news:
         sets = (
-            Pipeline(Text(f"{news}/{split}.parquet", data.removeprefix("tokens:")), window)
+            Pipeline(Text(f"{news}/{split}.parquet", tokenizer), window)
             for split in ("train", "test")
         )
         evals["news"] = Probes(*sets, on=(KNN(), LinearProbe()))

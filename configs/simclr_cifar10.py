@@ -31,6 +31,7 @@ import jax.numpy as jnp
 
 from sslx.config import Config
 from sslx.data.image import Image
+from sslx.data.part import train_and_test
 from sslx.data.pipeline import Pipeline
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
@@ -46,6 +47,7 @@ from sslx.schedules import Cosine, Warmup
 from sslx.views import IMAGENET, Views, cifar
 
 TRAIN = 50_000  # images
+CIFAR = ("tfds:cifar10:train", "tfds:cifar10:test")
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ PUBLISHED = {
 
 
 def config(
-    data: str = "tfds:cifar10:train",
-    test: str = "tfds:cifar10:test",
+    data: str = CIFAR[0],
+    test: str = "",  # of other data: a share is held out
     published: Literal["lightly", "solo-learn"] = "lightly",
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -112,7 +114,7 @@ def config(
     per_epoch = TRAIN // batch_size
     steps, warm = epochs * per_epoch, min(10, epochs // 4) * per_epoch
     encoder = resnet(depth, stem=p.stem, last_gamma=1.0, kernel_init=p.kernel_init, dtype=dtype)
-    pipeline, held_out = Pipeline(data, Image(32)), Pipeline(test, Image(32))
+    pipeline, held_out = (Pipeline(d, Image(32)) for d in train_and_test(data, test, CIFAR))
     return Config(
         objective=SimCLR(Siamese(encoder, p.head.clone(dtype=dtype)), p.temperature, "anchors"),
         data=pipeline,

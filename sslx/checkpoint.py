@@ -6,8 +6,14 @@ shape and digest is committed with them. Orbax loads a flipped bit without a wor
 tried), so what is restored is digested again: the newest checkpoint that verifies is used.
 """
 
+import errno
+import functools
 import json
 import logging
+import os
+import re
+import shutil
+import time
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,14 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax import lax
-from jax.experimental import multihost_utils
 
+from sslx.digest import Leaf, data, digest, is_key, named
+from sslx.processes import agreed, by_first, of_first
 from sslx.types import Array, Tree
 
-Leaf = Array | np.ndarray | jax.ShapeDtypeStruct  # of a state, on the host, or to be restored
-
 log = logging.getLogger("sslx")
+
+ATTEMPT = re.compile(r"(0|[1-9][0-9]*)(\.orbax-checkpoint-tmp.*)?")  # renamed when whole
+PATIENCE = 60  # seconds that a host waits to see a checkpoint that process 0 sees
 
 
 class CheckpointError(RuntimeError):
@@ -48,76 +55,7 @@ class Retention:
         return [s for s in steps[: -self.last] if not self.every or s % self.every]
 
 
-# ---- digest ----
-
-
-def digest(state: Tree) -> dict[str, int]:
-    """A 64-bit digest of each array, by its path; sharding and device do not change it.
-
-    Two sums over all elements, mod 2**32, of functions of (bits, position), each one-to-one in
-    the bits. So a change within one 32-bit word shows for certain, in both; of other changes one
-    in 2**64 is missed (one in 2**32 if it touches highest bits only, where the first is blind).
-    """
-    digests = {}
-    for path, x in _named(state).items():  # one by one: forced host devices deadlock on 32
-        a, b = jax.device_get(_lanes(_words(x)))
-        digests[path] = int(a) << 32 | int(b)
-    return digests
-
-
-def _words(x: Leaf) -> Array:
-    """The array on the device as plain numbers; 64-bit NumPy ones as two words, as jax has 32."""
-    if isinstance(x, jax.Array):
-        return _data(x)
-    x = np.asarray(x)
-    wide = x.dtype.itemsize == 8 and x.dtype.kind in "iuf"
-    return jax.device_put(x[..., None].view(np.uint32) if wide else x)
-
-
-@jax.jit
-def _lanes(x: Array) -> tuple[Array, Array]:
-    """The two sums of a digest: scalars, replicated on any mesh, from one reduction.
-
-    (On the CPU two sums would store both terms: 400 MB in 7.7 s with 800 MB on top, not 0.16 s.)
-    """
-    if jnp.iscomplexobj(x):
-        x = jnp.stack([x.real, x.imag], -1)
-    if x.dtype == bool:
-        x = x.astype(jnp.uint8)
-    bits = lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")  # 64 bits: [..., 2]
-    bits, place = bits.astype(jnp.uint32), jnp.zeros(bits.shape, jnp.uint32)
-    for axis in range(bits.ndim):  # coordinates, for a flat index overflows at 2**32
-        index = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        place = _mix(place + (index ^ jnp.uint32(0x9E3779B9)))
-    terms, zeros = (bits * (place | jnp.uint32(1)), _mix(bits ^ place)), (np.uint32(0),) * 2
-    return lax.reduce(terms, zeros, lambda x, y: (x[0] + y[0], x[1] + y[1]), range(bits.ndim))
-
-
-def _mix(x: Array) -> Array:
-    """MurmurHash3's finalizer, a permutation of uint32 (A. Appleby, public domain)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
 # ---- states as flat dicts ----
-
-
-def _named(tree: Tree) -> dict[str, Leaf]:
-    """{path: leaf} of a pytree; empty containers are left out."""
-    pairs = jax.tree_util.tree_leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in pairs}
-    if len(named) < len(pairs):
-        raise ValueError("two arrays of the state have the same path: a name contains a slash")
-    return named
-
-
-def _is_key(x: Leaf) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _data(x: Leaf) -> Leaf:
-    return jax.random.key_data(x) if _is_key(x) else x
 
 
 def _kind(x: Leaf) -> str:
@@ -127,7 +65,7 @@ def _kind(x: Leaf) -> str:
 
 def _like(abstract: Leaf, x: Array) -> Array:
     """A restored array as a typed key again, where the abstract leaf is one."""
-    if not _is_key(abstract):
+    if not is_key(abstract):
         return x
     return jax.random.wrap_key_data(x, impl=jax.random.key_impl(jnp.empty((), abstract.dtype)))
 
@@ -135,7 +73,7 @@ def _like(abstract: Leaf, x: Array) -> Array:
 def _target(x: Leaf) -> ocp.RestoreArgs:
     """How orbax restores a leaf: with its sharding, else on the first local device."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shape = jax.eval_shape(_data, x).shape
+    shape = jax.eval_shape(data, x).shape
     return ocp.ArrayRestoreArgs(sharding=getattr(x, "sharding", None) or first, global_shape=shape)
 
 
@@ -171,12 +109,16 @@ def _record(path: epath.Path) -> dict[str, list]:
 
 def _finished(path: epath.Path) -> bool:
     """Whether it was committed, even if it was damaged later: either of two markers is enough."""
-    if not path.name.isdecimal() or (path / "commit_success.txt").exists():
-        return path.name.isdecimal()
     try:
-        return bool(_record(path))
+        committed = (path / "commit_success.txt").exists() or bool(_record(path))
     except Exception:
-        return False
+        committed = False
+    return committed and path.name.isdecimal()
+
+
+def _size(arrays: dict[str, Array]) -> int:
+    """The bytes of a checkpoint, with ample room for what orbax writes about each array."""
+    return sum(x.nbytes for x in arrays.values()) + 4096 * (len(arrays) + 16)
 
 
 def _reason(error: BaseException) -> str:
@@ -188,24 +130,32 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.strip()}"
 
 
-def _all(ok: bool, together: bool) -> bool:
-    """Whether `ok` holds on every process, so that none goes on alone and waits forever."""
-    if not together or jax.process_count() == 1:
-        return ok
-    return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
-
-
 def _say(level: int, message: str, *args) -> None:
     if jax.process_index() == 0:
         log.log(level, message, *args)
 
 
+def check_path(directory: epath.PathLike) -> None:
+    """Raise ValueError for a path under which orbax would write what nothing can read again."""
+    path = os.path.abspath(directory)
+    if odd := [c for c in path if c in "[*?\\" or "\ud800" <= c <= "\udfff"]:
+        raise ValueError(
+            f"{path!r} has {odd[0]!r} in it: orbax, which writes checkpoints, takes such paths for "
+            "others; name another directory, or a link to it without that."
+        )
+
+
 class Checkpoints:
-    """The checkpoints of one run, in one directory; all processes call every method together."""
+    """The checkpoints of one run, in one directory; all processes call every method together.
+
+    What this object saved and removed it knows itself: the listing of a shared disk or an object
+    store may lag behind.
+    """
 
     def __init__(self, directory: epath.PathLike, keep: Retention = Retention()):
-        remote = "://" in str(directory)
-        self.directory = epath.Path(directory) if remote else epath.Path(directory).absolute()
+        self._remote = "://" in str(directory)
+        directory = epath.Path(directory)
+        self.directory = directory if self._remote else directory.absolute()
         self.keep = keep
         # Compression saves 8 % of float32 weights and takes seven times as long.
         self._handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
@@ -214,6 +164,8 @@ class Checkpoints:
         self._pending: Future | None = None
         self._current: int | None = None  # the step last saved or restored
         self._bad: set[int] = set()  # steps that this process saw fail
+        self._saved: set[int] = set()
+        self._removed: set[int] = set()
 
     def _writer(self) -> ocp.AsyncCheckpointer:
         """An orbax writer that makes directories in the foreground, where failures are seen."""
@@ -221,13 +173,18 @@ class Checkpoints:
         return ocp.AsyncCheckpointer(self._handler, async_options=options)
 
     def steps(self) -> list[int]:
-        """The steps of all finished checkpoints on disk, oldest first, verified or not."""
-        return sorted(int(path.name) for path in self._attempts() if _finished(path))
+        """The steps of all finished checkpoints, oldest first, verified or not."""
+        listed = {int(path.name) for path in self._attempts() if _finished(path)}
+        return sorted(listed - self._removed | self._saved)
+
+    def good(self) -> list[int]:
+        """Those of them that this process has not seen fail."""
+        return [step for step in self.steps() if step not in self._bad]
 
     def _attempts(self) -> list[epath.Path]:
-        """The paths of all checkpoints, also those unfinished or left by a kill."""
+        """The paths of all checkpoints, also unfinished ones; other entries are the user's."""
         entries = self.directory.iterdir() if self.directory.exists() else []
-        return [path for path in entries if path.name.split(".")[0].isdecimal()]
+        return [path for path in entries if ATTEMPT.fullmatch(path.name) and path.is_dir()]
 
     # ---- saving ----
 
@@ -241,38 +198,63 @@ class Checkpoints:
         self.wait()
         if step == self._current:
             return
+        self._saved.discard(step)
         with jax.transfer_guard("allow"):  # the copy off the device is what this is for
-            named, digests = _named(state), digest(state)
-            record = _seal({path: [_kind(x), digests[path]] for path, x in named.items()})
-            tree = ocp.args.PyTreeSave({path: _data(x) for path, x in named.items()})
-            target = self.directory / str(step)
+            arrays, digests = named(state), digest(state)
+            record = _seal({path: [_kind(x), digests[path]] for path, x in arrays.items()})
+            arrays = {path: data(x) for path, x in arrays.items()}
             try:
-                self._sweep()
+                by_first(functools.partial(self._prepare, _size(arrays)))
+                target, tree = self.directory / str(step), ocp.args.PyTreeSave(arrays)
                 self._orbax.save(target, args=tree, custom_metadata=record, force=True)
             except OSError as error:
                 return self._lost(step, error)
-        self._pending = self._worker.submit(self._finish, step)
+        self._pending = self._worker.submit(self._finish, step, record)
 
-    def _finish(self, step: int) -> None:
+    def _prepare(self, size: int) -> None:
+        """Remove half-written attempts; raise OSError where the disk has no room for `size` bytes:
+        orbax would log a traceback for every array."""
+        self._sweep()
+        folder = next(p for p in (self.directory, *self.directory.parents) if p.exists())
+        if not self._remote and (free := shutil.disk_usage(folder).free) < size:
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)}, {size / 2**20:.1f} MiB are needed and "
+                f"{free / 2**20:.1f} MiB free",
+                str(self.directory),
+            )
+
+    def _finish(self, step: int, record: dict) -> None:
         try:
             self._orbax.wait_until_finished()
+            self._see(step, record)
         except Exception as error:
             return self._lost(step, error)
         self._current = step
+        self._saved.add(step)
+        self._removed.discard(step)
         self._bad.discard(step)
         # Checkpoints of later steps, of a run that went back, are neither counted nor removed.
         try:
-            good = [s for s in self.steps() if s <= step and s not in self._bad]
-            for old in self.keep.stale(good):
+            for old in self.keep.stale([s for s in self.good() if s <= step]):
                 self._remove(self.directory / str(old))
         except OSError as error:
             _say(logging.WARNING, "old checkpoints stay (%s)", _reason(error))
+
+    def _see(self, step: int, record: dict) -> None:
+        """Raise where what was just written cannot be opened: its record and each of its arrays."""
+        if jax.process_index() == 0:
+            path = self.directory / str(step)
+            self._bad.add(step)
+            if _record(path) != record["arrays"]:
+                raise ValueError("the record of the arrays is not what was written")
+            self._handler.metadata(path)
 
     def _lost(self, step: int, error: Exception) -> None:
         self._orbax = self._writer()  # the old one would raise it again
         try:
             self._sweep()
-            good = [s for s in self.steps() if s not in self._bad]
+            good = self.good()
             rest = f"the newest good one is step {good[-1]}" if good else "there is no other"
         except OSError as gone:
             rest = f"the others cannot be read ({_reason(gone)})"
@@ -282,15 +264,18 @@ class Checkpoints:
     def _sweep(self) -> None:
         """Remove half-written attempts; called while none of this run is under way."""
         for path in self._attempts():
-            if not _finished(path):
+            if not _finished(path) and path.name not in map(str, self._saved):
                 self._remove(path)
 
     def _remove(self, path: epath.Path) -> None:
-        if jax.process_index() == 0:
-            try:
-                path.rmtree()
-            except OSError as error:
-                _say(logging.WARNING, "%s could not be deleted (%s)", path, _reason(error))
+        try:
+            if jax.process_index() == 0:
+                path.rmtree(missing_ok=True)
+        except OSError as error:
+            return _say(logging.WARNING, "%s could not be deleted (%s)", path, _reason(error))
+        if path.name.isdecimal():
+            self._saved.discard(int(path.name))
+            self._removed.add(int(path.name))
 
     def wait(self) -> None:
         """Wait until the last save is on disk, or its loss has been logged."""
@@ -315,7 +300,7 @@ class Checkpoints:
         """
         self.wait()
         with jax.transfer_guard("allow"):
-            newest = self._walk(_named(abstract), step)
+            newest = self._walk(named(abstract), step)
             if newest is None:
                 return None
             self._current, arrays = newest
@@ -327,11 +312,8 @@ class Checkpoints:
         for path in self._attempts():
             if not _finished(path):
                 _say(logging.WARNING, "checkpoint skipped: %s is not finished", path)
-        steps, skipped = self.steps() if step is None else [step], []
-        if want is not None and jax.process_count() > 1:  # a shared disk may show them unequal
-            newest = np.asarray(([-1] * 64 + steps)[-64:], np.int32)
-            steps = [int(s) for s in multihost_utils.broadcast_one_to_all(newest) if s >= 0]
-        for candidate in reversed(steps):
+        skipped = []
+        for candidate in self._candidates(step, want is not None):
             arrays, reason = self._read(candidate, want)
             if reason is None:
                 return candidate, arrays
@@ -343,9 +325,31 @@ class Checkpoints:
             raise CheckpointError(text + "\n  ".join(skipped))
         return None
 
+    def _candidates(self, step: int | None, together: bool) -> list[int]:
+        """The steps to try, newest first: where all restore together, those that process 0 sees."""
+        steps = self.steps()
+        chosen = [s for s in steps if step in (None, s)]
+        if together:
+            padded = of_first(np.asarray(([-1] * 1024 + chosen)[-1024:], np.int32))
+            chosen = [int(s) for s in padded if s >= 0]
+        if step is not None and not chosen:
+            raise CheckpointError(
+                f"{self.directory} has no checkpoint of step {step}, only of {steps}."
+            )
+        return chosen[::-1]
+
+    def _await(self, path: epath.Path) -> None:
+        """Wait until this host sees a checkpoint that process 0 sees; a shared disk may be late."""
+        end = time.monotonic() + PATIENCE
+        if not _finished(path):
+            log.warning("waiting up to %d s until this host sees %s", PATIENCE, path)
+        while not _finished(path) and time.monotonic() < end:
+            time.sleep(0.5)
+
     def _read(self, step: int, want: dict | None) -> tuple[dict, str | None]:
         """(arrays, None) of a checkpoint, or ({}, why it cannot be trusted)."""
         path, arrays, reason = self.directory / str(step), {}, None
+        self._await(path)
         try:
             record = _record(path)
             self._check(step, {name: kind for name, (kind, _) in record.items()}, want)
@@ -357,7 +361,7 @@ class Checkpoints:
             raise
         except Exception as error:
             reason = _reason(error)
-        if not _all(reason is None, want is not None):
+        if not (agreed(reason is None) if want is not None else reason is None):
             return {}, reason or "another process cannot read it"
         digests = digest(arrays)
         wrong = [name for name in digests if digests[name] != record[name][1]]
@@ -381,8 +385,6 @@ def load(directory: epath.PathLike, step: int | None = None) -> Tree:
     A process may call it alone. Raises CheckpointError if there is none, or none of `step`.
     """
     checkpoints = Checkpoints(directory)
-    if step is not None and step not in (steps := checkpoints.steps()):
-        raise CheckpointError(f"{directory} has no checkpoint of step {step}, only of {steps}.")
     newest = checkpoints._walk(None, step)
     checkpoints.close()
     if newest is None:

@@ -7,6 +7,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from sslx.console import lasting_streams
+
 EPILOG = """\
 `sslx train` without a name lists the recipes. name=value fills an argument of the recipe's
 config(), a.b.c=value replaces along a path of it; `sslx show RECIPE` prints every path."""
@@ -26,15 +28,18 @@ def main(argv: list[str] | None = None) -> int:
         from sslx.recipes import shipped
 
         root.error(f"name a recipe, a .py file or one of these: {', '.join(shipped())}")
-    try:
-        return arguments.run(arguments) or 0
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except Exception as error:
-        if arguments.traceback or not mendable(error):
-            raise
-        hint = "" if ours(error) else " (--traceback shows where)"
-        return fail(f"{error}{hint}", getattr(error, "code", 1))
+    with lasting_streams():
+        try:
+            return arguments.run(arguments) or 0
+        except KeyboardInterrupt:
+            return fail("interrupted", 130)
+        except Exception as error:
+            if not arguments.traceback and not mendable(error) and (place := in_recipe(error)):
+                return fail(f"{place} (--traceback shows all)", 1)
+            if arguments.traceback or not mendable(error):
+                raise
+            hint = "" if ours(error) else " (--traceback shows where)"
+            return fail(f"{error}{hint}", getattr(error, "code", 1))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
     train_.add_argument("--workdir", type=Path, metavar="RUN", help="default: runs/RECIPE")
     train_.add_argument(
         "--accept-changes", action="store_true", help="resume although the recipe has changed"
+    )
+    train_.add_argument(
+        "--force", action="store_true", help="train although another process may write to RUN"
     )
     added = command(eval_, "run every eval of the recipe, beside random init and the raw input")
     added.add_argument("workdir", type=Path, metavar="RUN")
@@ -108,6 +116,22 @@ def mendable(error: Exception) -> bool:
     return isinstance(error, ValueError | OSError | CheckpointError | Diverged | Interrupted)
 
 
+def in_recipe(error: Exception) -> str:
+    """An error with the file, line and text of the recipe where it arose; empty if elsewhere."""
+    frames = [
+        (frame, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).startswith("recipe:")
+    ]
+    if not frames:
+        return ""
+    [summary] = traceback.StackSummary.extract(iter(frames[-1:]))
+    text = " ".join(str(error).split())
+    return (
+        f"{summary.filename}:{summary.lineno}: {type(error).__name__}: {text}\n    {summary.line}"
+    )
+
+
 def ours(error: Exception) -> bool:
     """Whether sslx raised an error, in its own words."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
@@ -136,7 +160,7 @@ def train(arguments) -> None:
     start_jax()
     from sslx.run import fit_recipe
 
-    fit_recipe(recipe, run, arguments.accept_changes)
+    fit_recipe(recipe, run, arguments.accept_changes, arguments.force)
 
 
 def eval_(arguments) -> None:

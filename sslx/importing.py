@@ -49,7 +49,7 @@ def import_checkpoint(
         checkpoints = Checkpoints(new / "checkpoints", config.keep)
         checkpoints.save(0, state)
         checkpoints.close()
-        if not checkpoints.steps():
+        if not checkpoints.good():
             raise CheckpointError(f"{run} could not be written: make room and import again.")
     return Run(run, config)
 

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,18 +20,25 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sslx.console import lasting
+
 Value = float | np.ndarray  # a number, or a uint8 picture [H, W, C]
 
 log = logging.getLogger("sslx")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write the whole file or none of it: a kill or a full disk leaves what was there."""
-    if path.is_file() and path.read_text() == text:
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write the whole file or none of it: a kill, a full disk or a lost machine leaves what was
+    there."""
+    data = content.encode() if isinstance(content, str) else content
+    if path.is_file() and path.read_bytes() == data:
         return
     new = path.with_name(path.name + ".new")
     try:
-        new.write_text(text)
+        with new.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a rename may outlive a power cut, and the bytes not
         new.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a write names no file
@@ -49,12 +57,50 @@ def picture(image: np.ndarray) -> Image.Image:
 
 
 def step_rows(run: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, but one that a kill cut short."""
-    path = run / "metrics.jsonl"
-    for row in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        if row.endswith("\n"):
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(row)
+    """The rows of a run's metrics.jsonl; says how many lines are none, cut by a kill or odd."""
+    path, odd = run / "metrics.jsonl", 0
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        try:
+            row = json.loads(line if line.endswith("\n") else "")
+            _ = [float(value) for value in row.values()], row["step"] + 0
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            odd += 1
+        else:
+            yield row
+    if odd:
+        log.warning("%s: lines that are no rows, and are left out: %d", path, odd)
+
+
+# ---- scores ----
+
+
+def read_scores(run: Path) -> dict[str, dict[str, float]]:
+    """{column: {name: value}} of a run's evals.json, empty before the first evaluation. One that
+    cannot be read is put aside, and that is said."""
+    path = run / "evals.json"
+    try:
+        columns = json.loads(path.read_text())
+        return {name: {k: float(v) for k, v in of.items()} for name, of in columns.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+        aside = path.with_name("evals.damaged.json")
+        log.warning("%s is damaged (%s): put aside as %s", path, error, aside.name)
+        with contextlib.suppress(OSError):
+            path.replace(aside)
+        return {}
+
+
+def add_scores(run: Path, columns: Mapping[str, Mapping[str, float]]) -> None:
+    """Add numbers to evals.json, where others may write too; those of the same names are
+    replaced."""
+    known = read_scores(run)
+    merged = known | {name: known.get(name, {}) | dict(of) for name, of in columns.items()}
+    write_whole(run / "evals.json", json.dumps(merged, indent=1) + "\n")
+
+
+# ---- time ----
 
 
 class Clock:
@@ -63,12 +109,16 @@ class Clock:
     def __init__(self):
         self.read(0)
 
-    def read(self, steps: int) -> tuple[float, float]:
-        """(steps a second, share of time waited) since the last reading, which starts anew."""
+    def rates(self, steps: int) -> tuple[float, float]:
+        """(steps a second, share of time waited) since the last reading."""
         now = time.perf_counter()
         elapsed = max(now - getattr(self, "start", now), 1e-9)
-        rates = steps / elapsed, getattr(self, "waited", 0.0) / elapsed
-        self.start, self.waited = now, 0.0
+        return steps / elapsed, getattr(self, "waited", 0.0) / elapsed
+
+    def read(self, steps: int) -> tuple[float, float]:
+        """The rates since the last reading; the next ones begin anew."""
+        rates = self.rates(steps)
+        self.start, self.waited = time.perf_counter(), 0.0
         return rates
 
     def wait(self, iterator):
@@ -98,7 +148,7 @@ class Log:
     def __init__(self, run: Path, steps: int, start: int = 0):
         self.speaks = jax.process_index() == 0
         self.run, self.steps = run, steps
-        self.console = Console(stderr=True, quiet=not self.speaks)
+        self.console = Console(file=lasting(sys.stderr), quiet=not self.speaks)
         self.handler = Handler(self.console)
         log.addHandler(self.handler)
         columns = [TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(None)]
@@ -106,9 +156,10 @@ class Log:
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("train", total=steps, completed=start, text="compiling")
         self.bar.start()
-        if self.speaks:
-            self.truncate(start)
         self.board, self.failing = None, False
+        if self.speaks:
+            with self.forgiving(start, "metrics"):
+                self.truncate(start)
 
     def truncate(self, start: int) -> None:
         """Remove the rows after the checkpoint that a run resumes from."""

@@ -19,6 +19,10 @@ import cloudpickle
 from sslx.config import Config, ConfigError, override, parse, parts_of, printed, unknown
 from sslx.log import write_whole
 
+LARGEST = 1 << 24  # bytes of a file that is copied into a run
+# The files that a run has itself, beside those of its recipe.
+OWN = {"recipe.py", "overrides.json", "config.txt", "config.pickle", "metrics.jsonl", "evals.json"}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -27,9 +31,9 @@ class Recipe:
     path       a .py file, or the name of a recipe that comes with sslx, as `mae_digits`
     overrides  `name=value` for an argument of config(), `a.b.c=value` for a part of its result
 
-    A recipe may import Python modules from its own folder, and those each other; they are copied
-    into a run with it. It may read other files of its folder, but they are not copied, so a run
-    can be resumed only if the recipe finds them by an absolute path.
+    A recipe may import Python modules from its own folder, and those each other, and read files
+    that it names in a string: `Path(__file__).parent / "words.txt"`. All are copied into a run with
+    it. What it finds in its folder otherwise must have an absolute path, or the run is refused.
     """
 
     path: Path | str
@@ -94,19 +98,22 @@ class Recipe:
         return module
 
     def save(self, run: Path) -> None:
-        """Copy the recipe, the modules that it imports from its folder, and the overrides into a
-        run directory, which does not read the originals after that."""
-        copies = {f"{name}.py": path for name, path in neighbors(self.file).items()}
-        if not copies.get("recipe.py", self.file).samefile(self.file):
-            raise ConfigError(
-                f"{self.path} imports recipe.py, but a run keeps the recipe itself under that "
-                "name: rename recipe.py."
-            )
+        """Copy the recipe, what it uses of its folder, and the overrides into a run directory,
+        which does not read the originals after that."""
+        copies = neighbors(self.file)
+        for name in copies.keys() & OWN:
+            same = [p for p in (self.file, run / name) if p.exists() and p.samefile(copies[name])]
+            if not same:
+                raise ConfigError(
+                    f"{self.path} uses {name} beside it, but a run keeps a file of its own under "
+                    f"that name: rename {name}."
+                )
         copies["recipe.py"] = self.file
         try:
             run.mkdir(parents=True, exist_ok=True)
             for name, path in copies.items():
-                write_whole(run / name, path.read_text())
+                (run / name).parent.mkdir(parents=True, exist_ok=True)
+                write_whole(run / name, path.read_bytes())
             copy = Recipe(run / "recipe.py", self.overrides)
             write_whole(run / "config.txt", printed(copy.load()))  # as it will when resumed
             write_whole(run / "overrides.json", json.dumps(self.overrides, indent=1) + "\n")
@@ -120,7 +127,14 @@ def recipe_of(run: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """The recipe that a run directory was started with, and more overrides."""
     if not (run / "overrides.json").is_file():
         raise ConfigError(f"{run} is no run: it has no overrides.json; name the --workdir of one.")
-    stored = json.loads((run / "overrides.json").read_text())
+    stored = None
+    with contextlib.suppress(ValueError):
+        stored = json.loads((run / "overrides.json").read_text())
+    if not isinstance(stored, list) or not all(isinstance(text, str) for text in stored):
+        raise ConfigError(
+            f"{run}/overrides.json is damaged: name the recipe and its overrides again, `sslx "
+            f"train RECIPE name=value ... --workdir {run} --accept-changes`."
+        )
     return Recipe(run / "recipe.py", (*stored, *overrides))
 
 
@@ -168,43 +182,47 @@ def execute(file: Path) -> ModuleType:
 
 
 def neighbors(file: Path) -> dict[str, Path]:
-    """{name: file} of the modules in a recipe's folder that it imports, also through others."""
+    """{name: file} of what a recipe uses of its folder, also through others: modules that it
+    imports, and files that a string in it names."""
     paths, unread = {}, [file]
     while unread:
-        for name in _imported(unread.pop()) - paths.keys():
-            path = file.with_name(f"{name}.py")
-            if path.is_file():
+        for name in _named(unread.pop()) - paths.keys():
+            path = file.parent / name
+            if path.is_file() and path.stat().st_size <= LARGEST:
                 paths[name] = path
-                unread.append(path)
+                unread += [path] if path.suffix == ".py" else []
     return paths
 
 
-def _imported(file: Path) -> set[str]:
-    """The names of the modules that a file imports, anywhere in it."""
+def _named(file: Path) -> set[str]:
+    """The names of files that a module may use: what it imports, and every short string in it."""
     names = set()
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            names |= {f"{alias.name}.py" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            names.add(node.module)
-    return names
+            names.add(f"{node.module}.py")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names.add(node.value)
+    return {n for n in names if n.isprintable() and len(n) < 200 and ".." not in n and n[:1] != "/"}
 
 
 @contextlib.contextmanager
 def _located(file: Path) -> Iterator[None]:
     """Errors raised within become ConfigErrors that begin with the file and line of the recipe, or
-    of its neighbor, where they arose."""
+    of its neighbor, where they arose, and end with the text of that line."""
     try:
         yield
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        places = [(Path(frame.filename), frame.lineno) for frame in frames]
+        places = [(Path(frame.filename), frame.lineno, frame.line) for frame in frames]
         text = str(error)
         if isinstance(error, SyntaxError) and error.filename:
-            places.append((Path(error.filename), error.lineno))
+            places.append((Path(error.filename), error.lineno, error.text))
             text = error.msg
         folder = file.absolute().parent
-        own = [f"{file.with_name(p.name)}:{line}" for p, line in places if p.parent == folder]
+        own = [(f"{file.with_name(p.name)}:{n}", s) for p, n, s in places if p.parent == folder]
+        where, source = own[-1] if own else (str(file), None)
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        where = own[-1] if own else file
-        raise ConfigError(f"{where}: {kind}{' '.join(text.split())}") from error
+        line = f"\n    {source.strip()}" if source else ""
+        raise ConfigError(f"{where}: {kind}{' '.join(text.split())}{line}") from error

@@ -5,7 +5,6 @@ The command line and a notebook call the same functions.
 
 import dataclasses
 import functools
-import json
 import re
 import shutil
 import tempfile
@@ -37,10 +36,12 @@ from sslx.evals.features import Features, Pool, extract
 from sslx.evals.probes import Probes
 from sslx.export import hf, timm
 from sslx.export.card import About
-from sslx.log import step_rows, write_picture, write_whole
+from sslx.lock import writing
+from sslx.log import add_scores, read_scores, step_rows, write_picture, write_whole
 from sslx.models.encoder import Encoder, chosen
 from sslx.ops.flops import flops
 from sslx.ops.trees import path_of
+from sslx.processes import by_first
 from sslx.recipes import Recipe, recipe_of
 from sslx.sharding import batch_sharding
 from sslx.state import (
@@ -70,29 +71,39 @@ def config():
 '''
 
 
-def fit(config: Config, run: Path | str | None = None, accept_changes: bool = False) -> "Run":
+def fit(
+    config: Config,
+    run: Path | str | None = None,
+    accept_changes: bool = False,
+    force: bool = False,
+) -> "Run":
     """Train `config` to its last step in the directory `run`, and return the Run.
 
     A run that was stopped goes on from its newest checkpoint. With None the run is in a temporary
     directory, which is removed with the returned value. Raises ConfigError where `run` was started
-    with another config, unless `accept_changes`; and what `engine.train` raises.
+    with another config, unless `accept_changes`, or where another process trains in it, unless
+    `force`; and what `engine.train` raises.
     """
     path = Path(tempfile.mkdtemp(prefix="sslx-") if run is None else run).expanduser()
     fitted = Run(path, config)
     if run is None:
         weakref.finalize(fitted, shutil.rmtree, path, ignore_errors=True)
-    start(config, path, lambda: keep(config, path), accept_changes)
+    start(config, path, lambda: keep(config, path), accept_changes, force)
     return fitted
 
 
-def fit_recipe(recipe: Recipe, run: Path, accept_changes: bool = False) -> "Run":
+def fit_recipe(
+    recipe: Recipe, run: Path, accept_changes: bool = False, force: bool = False
+) -> "Run":
     """Train the config of a recipe file, which is copied into the run, and return the Run."""
     config = recipe.load()
-    start(config, run, lambda: recipe.save(run), accept_changes)
+    start(config, run, lambda: recipe.save(run), accept_changes, force)
     return Run(run, config)
 
 
-def start(config: Config, run: Path, save: Callable[[], None], accept_changes: bool) -> None:
+def start(
+    config: Config, run: Path, save: Callable[[], None], accept_changes: bool, force: bool
+) -> None:
     """Train in `run`, once `save` has written there what it takes to open it."""
     for line in lines(config, law=True):
         if re.search(" at 0x[0-9a-f]+>", line):
@@ -109,15 +120,15 @@ def start(config: Config, run: Path, save: Callable[[], None], accept_changes: b
             "(accept_changes=True)."
         )
     check(config)  # what cannot work fails before it is saved
-    if jax.process_index() == 0:
-        save()
-    engine.train(config, run)
+    with writing(run, force):
+        by_first(save)
+        engine.train(config, run)
 
 
 def keep(config: Config, run: Path) -> None:
     """Write a config made in Python into a run directory, so that it opens like any other."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.pickle").write_bytes(cloudpickle.dumps(config))
+    write_whole(run / "config.pickle", cloudpickle.dumps(config))
     write_whole(run / "recipe.py", PICKLED)
     write_whole(run / "overrides.json", "[]\n")
     write_whole(run / "config.txt", printed(config))
@@ -237,19 +248,12 @@ class Run:
                 if isinstance(picture, np.ndarray):
                     write_picture(self.path, f"{name}-{step:06d}", picture)
             where = f" on {' '.join(map(shown, data))}" if data else ""
-            self.record({f"{name}{where}": of for name, of in columns.items()})
+            add_scores(self.path, {f"{name}{where}": of for name, of in columns.items()})
         return columns
-
-    def record(self, columns: Numbers) -> None:
-        """Add numbers to evals.json; those of the same names are replaced."""
-        known = self.scores()
-        merged = known | {name: known.get(name, {}) | of for name, of in columns.items()}
-        write_whole(self.path / "evals.json", json.dumps(merged, indent=1) + "\n")
 
     def scores(self) -> Numbers:
         """{column: {name: value}} of evals.json, empty before the first evaluation."""
-        path = self.path / "evals.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_scores(self.path)
 
     def export(
         self,

@@ -1,10 +1,14 @@
-"""Handling of SIGTERM and Ctrl-C between two steps."""
+"""Handling of the signals that end a run, between two steps."""
 
 import signal
 import threading
 
 import jax
 from jax.experimental import multihost_utils
+
+ENDING = (signal.SIGTERM, signal.SIGINT)
+# A closed terminal, unless nohup has it ignored, and what Slurm's --signal sends.
+ASKING = [s for s in signal.Signals if s.name in ("SIGHUP", "SIGUSR1", "SIGUSR2")]
 
 
 class Interrupted(RuntimeError):
@@ -19,10 +23,13 @@ class Interrupted(RuntimeError):
 
 
 class Signals:
-    """SIGTERM and Ctrl-C, remembered until the step is over; a second one acts at once.
+    """Signals that end a run, remembered until the step is over.
+
+    A second SIGTERM or Ctrl-C acts at once. Others often come twice, a closed terminal's from the
+    kernel and the shell, or before a SIGTERM, as Slurm's do.
 
     With several processes SIGTERM is jax's preemption service's: all agree on the step to stop at.
-    Ctrl-C is handed to it too.
+    The others are handed to it too. The handlers from before are back afterwards.
     """
 
     def __init__(self):
@@ -31,17 +38,16 @@ class Signals:
     def __enter__(self) -> "Signals":
         self.alone = jax.process_count() == 1
         here = threading.current_thread() is threading.main_thread()
-        caught = (signal.SIGTERM, signal.SIGINT) if self.alone else (signal.SIGINT,)
-        self.before = {s: signal.getsignal(s) for s in caught if here}
+        self.before = replaced(self.alone) if here else {}
         for signum in self.before:
             signal.signal(signum, self.remember)
         return self
 
     def remember(self, signum: int, frame) -> None:
-        if self.signum:
+        first, self.signum = self.signum, signum
+        if first in ENDING and signum in ENDING:
             raise KeyboardInterrupt
-        self.signum = signum
-        if not self.alone:
+        if not (first or self.alone):
             signal.raise_signal(signal.SIGTERM)
 
     def received(self, step: int) -> int:
@@ -53,3 +59,12 @@ class Signals:
     def __exit__(self, *exception) -> None:
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
+
+
+def replaced(alone: bool) -> dict[signal.Signals, object]:
+    """{signal: handler} of those to catch. A handler that Python did not set is None: it could not
+    be set again, and stays."""
+    ending = {s: signal.getsignal(s) for s in ENDING if alone or s != signal.SIGTERM}
+    asking = {s: signal.getsignal(s) for s in ASKING}
+    asking = {s: handler for s, handler in asking.items() if handler != signal.SIG_IGN}
+    return {s: handler for s, handler in (ending | asking).items() if handler is not None}

@@ -127,15 +127,12 @@ def restored(
     config = dataclasses.replace(config, batch_size=-(-config.batch_size // unit) * unit)
     checkpoints = Checkpoints(run / "checkpoints", config.keep)
     try:
-        steps = checkpoints.steps()
-        if not steps:
-            raise CheckpointError(f"{run} has no checkpoint yet: train it first.")
-        if step is not None and step not in steps:
-            raise CheckpointError(f"{run} has no checkpoint of step {step}, only of {steps}.")
-        newest, state = checkpoints.restore(abstract_state(config, mesh), step)
+        found = checkpoints.restore(abstract_state(config, mesh), step)
     finally:
         checkpoints.close()
-    return config, mesh, newest, state
+    if found is None:
+        raise CheckpointError(f"{run} has no checkpoint yet: train it first.")
+    return config, mesh, *found
 
 
 def new_key(config: Config) -> Array:

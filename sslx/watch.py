@@ -1,15 +1,14 @@
 """Watching a run: metrics as they arrive, alarms, and evaluations between steps."""
 
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from sslx.checkpoint import Checkpoints
 from sslx.config import Config, Numbers, Progress, Trained, unheard
-from sslx.log import Clock, Log, append, write_whole
+from sslx.log import Clock, Log, add_scores, append, read_scores
+from sslx.processes import of_first
 from sslx.sharding import batch_sharding
 from sslx.state import TrainState, first_state, fresh_state
 from sslx.types import Metrics
@@ -45,16 +44,22 @@ class Watch:
             raise Diverged(self.diagnosis(step, values))
         self.collapse(step, values)
         self.since += 1
-        if step > 1 and step % self.config.log_every and step != self.config.steps:
-            return self.log.progress(step)
-        rate, waited = self.clock.read(self.since)
-        self.since, speed = 0, rate * self.config.batch_size
+        rate, waited = self.clock.rates(self.since)  # since the last logged step
+        speed = rate * self.config.batch_size
         counts = {"skipped": self.skipped, "data/dropped": count}
         counts = {name: n for name, n in counts.items() if n}
-        self.log.write(step, {**values, "examples_per_s": speed, "data/waited": waited, **counts})
         parts = [f"loss {values['loss']:.4f}", f"{speed:,.0f} examples/s", f"waited {waited:.0%}"]
-        parts += [f"{name} {n}" for name, n in counts.items()]
-        self.log.progress(step, "  ".join(parts), line=True)
+        text = "  ".join(parts + [f"{name} {n}" for name, n in counts.items()])
+        if step > 1 and step % self.config.log_every and step != self.config.steps:
+            return self.log.progress(step, text)
+        self.log.write(step, {**values, "examples_per_s": speed, "data/waited": waited, **counts})
+        self.log.progress(step, text, line=True)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new window of the speed; what was since the last one counts for none."""
+        self.clock.read(0)
+        self.since = 0
 
     def drops(self, step: int, counts: np.ndarray, names: dict[str, str]) -> int:
         """How many examples so far gave way for corrupt records, in all processes together, which
@@ -99,15 +104,15 @@ class Watch:
     def newest(self, before: int | None = None) -> int:
         """The newest checkpoint, once all is written, or the newest before a step; 0 for none."""
         self.checkpoints.wait()
-        return max((s for s in self.checkpoints.steps() if before is None or s < before), default=0)
+        return max((s for s in self.checkpoints.good() if before is None or s < before), default=0)
 
 
 class Scores:
     """The evaluations of a run, in evals.json: those of random init first."""
 
     def __init__(self, config: Config, mesh: jax.sharding.Mesh, run: Path, log: Log):
-        self.config, self.mesh, self.log, self.path = config, mesh, log, run / "evals.json"
-        self.known = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.config, self.mesh, self.log, self.run = config, mesh, log, run
+        self.known = read_scores(run)
 
     def begin(self, start: int, state: TrainState | None) -> TrainState:
         """The state to go on from, after the evaluations that are missing: random init, once in a
@@ -115,8 +120,7 @@ class Scores:
         """
         config, names = self.config, ("random init", f"step {start}")
         missing = np.asarray([bool(config.evals) and name not in self.known for name in names])
-        if jax.process_count() > 1:  # a shared disk may show its files unequal
-            missing = multihost_utils.broadcast_one_to_all(missing)
+        missing = of_first(missing)  # a shared disk may show its files unequal
         if state is None and config.start and missing[0]:
             first_state(config, self.mesh)  # refused, if it must be, before anything is evaluated
         if state is None or missing[0]:
@@ -150,8 +154,8 @@ class Scores:
         title = name or f"step {step}"
         self.known[title] = scores
         if self.log.speaks:
-            with self.log.forgiving(step, self.path.name):
-                write_whole(self.path, json.dumps(self.known, indent=1) + "\n")
+            with self.log.forgiving(step, "evals.json"):
+                add_scores(self.run, {title: scores})
         parts = [
             f"{k} {v:.4g}" + (f" ({base[k]:.4g})" if k in base else "") for k, v in scores.items()
         ]

@@ -19,7 +19,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sslx.checkpoint import CheckpointError, Checkpoints, Retention, digest, load
+from sslx import checkpoint
+from sslx.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Retention,
+    check_path,
+    digest,
+    load,
+)
 
 P = PartitionSpec
 REPO = Path(__file__).parents[1]
@@ -137,12 +145,24 @@ def test_digest_does_not_depend_on_the_sharding():
         assert digest(state(where=mesh(*shape), spec=spec)) == want
 
 
+def test_the_digest_of_a_mesh_is_one_program_and_one_fetch(monkeypatch):
+    from sslx import digest as module
+
+    fetched, run = [], []
+    fetch, lanes = jax.device_get, module._lanes
+    monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(x.shape) or fetch(x))
+    monkeypatch.setattr(module, "_lanes", lambda xs: run.append(len(xs)) or lanes(xs))
+    tree = state(where=mesh(4, 2))
+    assert len(digest(tree)) == run[0] == 8 and fetched == [(8, 2)] and len(run) == 1
+    assert lanes([*jax.tree.leaves(tree["buffers"])]).sharding.is_fully_replicated
+
+
 def test_digest_of_sharded_arrays_materializes_nothing():
-    from sslx.checkpoint import _lanes
+    from sslx.digest import _lanes
 
     sharding = NamedSharding(mesh(4, 2), P("a", "b"))
     x = jax.ShapeDtypeStruct((4096, 2048), jnp.float32, sharding=sharding)  # 4 MB a device
-    compiled = _lanes.lower(x).compile()
+    compiled = _lanes.lower([x]).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 100_000
 
 
@@ -178,7 +198,7 @@ def test_a_given_step(saved):
     step, got = reopen(saved).restore(abstract(state()), step=2)
     assert step == 2
     assert_equal(got, state(2))
-    with pytest.raises(CheckpointError, match="step 9: FileNotFoundError"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 9, only of \[1, 2, 3\]"):
         reopen(saved).restore(abstract(state()), step=9)
 
 
@@ -333,6 +353,81 @@ def test_truncated_and_missing_files(saved, how, caplog):
     assert not set(missed) & set(chunks(saved.directory / "3")[:2]), missed
 
 
+ODD = ["a b", "ü猫", "%20", "#", "{a,b}", "]", "~x", "quo'te", "new\nline", "-x", "$HOME"]
+ODD += ["[x]", "a?b", "a*b", "back\\slash", "b\udce9d"]
+
+
+def test_a_path_is_refused_or_can_be_read_again(tmp_path):
+    refused = []
+    for name in ODD:
+        directory = tmp_path / name / "checkpoints"
+        try:
+            check_path(directory)
+        except ValueError as error:
+            refused.append(name)
+            assert "name another directory" in str(error) and str(error).isprintable()
+            continue
+        checkpoints = Checkpoints(directory)
+        save_all(checkpoints, [1])
+        assert checkpoints.good() == [1] and load(directory)["x"].tolist() == [1] * 3
+        checkpoints.close()
+    assert refused == ODD[-5:]
+
+
+def test_what_cannot_be_opened_after_its_save_is_lost(tmp_path, caplog, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    save_all(checkpoints, [1])
+    wait = type(checkpoints._orbax).wait_until_finished
+
+    def forgets(orbax):
+        wait(orbax)
+        for file in tmp_path.glob("2/manifest.ocdbt"):
+            file.unlink()
+
+    monkeypatch.setattr(type(checkpoints._orbax), "wait_until_finished", forgets)
+    save_all(checkpoints, [2])
+    assert "checkpoint of step 2 is lost (ValueError: " in caplog.text
+    assert "the newest good one is step 1; the run goes on" in caplog.text
+    assert checkpoints.good() == [1]
+    save_all(checkpoints, [3])
+    assert checkpoints.good() == [1, 3]
+    checkpoints.close()
+
+
+def test_a_listing_that_is_late_hides_and_removes_nothing(tmp_path, monkeypatch):
+    """As on object stores and shared disks, where what was just written is not listed yet."""
+    checkpoints = Checkpoints(tmp_path, Retention(last=2))
+    save_all(checkpoints, [1, 2])
+    late, finished = [tmp_path / "1"], checkpoint._finished
+    monkeypatch.setattr(type(checkpoints.directory), "iterdir", lambda path: map(type(path), late))
+    monkeypatch.setattr(checkpoint, "_finished", lambda path: path.name != "2" and finished(path))
+    assert checkpoints.good() == [1, 2]
+    late.append(tmp_path / "2")  # listed, but not yet its mark
+    save_all(checkpoints, [3, 4])
+    assert checkpoints.good() == [3, 4]  # 1 is still listed
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == ["3", "4"]
+    checkpoints.close()
+
+
+def test_a_checkpoint_that_this_host_does_not_see_yet_is_waited_for(tmp_path, caplog, monkeypatch):
+    checkpoints, seen = Checkpoints(tmp_path), []
+    save_all(checkpoints, [1, 2])
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoint, "of_first", lambda x: np.where(x == 1, 2, -1))
+    monkeypatch.setattr(Checkpoints, "steps", lambda self: [1])
+    monkeypatch.setattr(checkpoint, "_finished", lambda p: seen.append(p.name) or len(seen) > 4)
+    assert checkpoints.restore(X)[0] == 2
+    assert f"waiting up to 60 s until this host sees {tmp_path}/2" in caplog.text
+    assert seen[-3:] == ["2"] * 3
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0)
+    monkeypatch.setattr(checkpoint, "_finished", lambda path: False)
+    monkeypatch.setattr(checkpoint, "of_first", lambda x: np.where(x == 1, 7, -1))
+    with pytest.raises(CheckpointError, match="step 7: FileNotFoundError"):
+        Checkpoints(tmp_path).restore(X)
+    checkpoints.close()
+
+
 def test_none_verifies_is_an_error_that_lists_each(saved):
     for step in (1, 2):
         damage(saved.directory / str(step), state(step))
@@ -356,6 +451,19 @@ def test_stray_directories(saved, caplog):
     again.wait()
     assert again.restore(abstract(state()))[0] == 9
     assert not (saved.directory / "8.orbax-checkpoint-tmp").exists()
+
+
+def test_what_the_user_put_beside_checkpoints_stays(saved):
+    (saved.directory / "2.bak").mkdir()
+    (saved.directory / "02").mkdir()
+    for name in ("7", "notes.txt", ".DS_Store", "8.txt"):
+        (saved.directory / name).touch()
+    again = reopen(saved)
+    assert again.steps() == [1, 2, 3] and again.restore(abstract(state()))[0] == 3
+    again.save(4, state(4))
+    again.wait()
+    assert {"2.bak", "02", "7", "notes.txt", "8.txt"} <= set(os.listdir(saved.directory))
+    again.close()
 
 
 def test_only_strays_is_a_new_run(tmp_path, caplog):
@@ -454,7 +562,7 @@ def test_a_failed_deletion_is_a_warning(tmp_path, monkeypatch, caplog):
     checkpoints = Checkpoints(tmp_path, Retention(last=1))
     save_all(checkpoints, [1])
 
-    def refuse(path):
+    def refuse(path, missing_ok=False):
         raise PermissionError("read-only")
 
     monkeypatch.setattr(type(checkpoints.directory), "rmtree", refuse)
@@ -498,6 +606,25 @@ def test_a_full_disk_stops_nothing(small_disk, caplog):
     assert checkpoints.steps() == [4]
     assert digest(load(small_disk / "run")) == digest(big)
     checkpoints.close()
+
+
+def test_a_full_disk_is_told_in_one_line(small_disk):
+    process = child(
+        """
+        import logging, sys, jax.numpy as jnp
+        from sslx.checkpoint import Checkpoints
+        logging.basicConfig(format="%(message)s")
+        checkpoints = Checkpoints(sys.argv[1])
+        for step in (1, 2, 3):
+            checkpoints.save(step, {str(i): jnp.ones(5_000) for i in range(75)})  # 1.5 MB
+        checkpoints.close()
+        """,
+        small_disk / "run",
+    )
+    text, _ = process.communicate(timeout=60)
+    lines = text.splitlines()
+    assert process.returncode == 0 and len(lines) == 2, text
+    assert "step 2 is lost (OSError: [Errno 28] No space left on device, 1.8 MiB are" in lines[0]
 
 
 def test_a_disk_without_room_for_a_directory(small_disk, caplog):

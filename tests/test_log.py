@@ -4,11 +4,13 @@ import json
 import re
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from commands import TINY
 
-from sslx.log import Clock, Log
+from sslx.log import Clock, Log, add_scores, read_scores
 
 
 @pytest.fixture
@@ -95,6 +97,59 @@ def test_a_row_is_on_disk_once_written(tmp_path):
     log = Log(tmp_path, 3)
     log.write(1, {"loss": 1.0})
     assert rows(tmp_path) == [{"step": 1, "loss": 1.0}]
+    log.close()
+
+
+ODD = ["3", "[]", '{"a": 1}', '{"step": "x"}', '{"step": null}', '{"step": 3, "loss": [1]}']
+ODD += ['{"step": 3, "loss": "low"}', "[" * 100_000, "\udcff", "\x00", '"step"', ""]
+
+
+@pytest.mark.parametrize("line", ODD)
+def test_lines_that_are_no_rows_are_left_out_and_counted(tmp_path, line, caplog):
+    diary(tmp_path, written=(0, 2))
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(line.encode(errors="surrogateescape") + b"\n")
+    diary(tmp_path, start=4, written=(6,))
+    assert [row["step"] for row in rows(tmp_path)] == [0, 2, 6]
+    assert f"{tmp_path}/metrics.jsonl: lines that are no rows, and are left out: 1" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[[", '{"step 1": 2}', '{"step 1": {"a": [1]}}'])
+def test_scores_that_cannot_be_read_are_put_aside_and_begun_anew(tmp_path, text, caplog):
+    (tmp_path / "evals.json").write_text(text)
+    add_scores(tmp_path, {"step 1": {"knn": 0.5}})
+    add_scores(tmp_path, {"step 1": {"linear": 0.25}})
+    assert read_scores(tmp_path) == {"step 1": {"knn": 0.5, "linear": 0.25}}
+    assert f"{tmp_path}/evals.json is damaged" in caplog.text
+    assert (tmp_path / "evals.damaged.json").read_text() == text
+
+
+def test_a_diary_that_cannot_be_read_stops_nothing(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").mkdir()
+    diary(tmp_path, start=4, written=(6,))
+    assert "metrics from step 4 on are lost (" in caplog.text
+
+
+def test_the_bar_shows_speed_and_loss_of_now(tmp_path, now, monkeypatch):
+    from sslx.checkpoint import Checkpoints
+    from sslx.recipes import load
+    from sslx.watch import Watch
+
+    shown, config, log = [], load(TINY, "batch_size=10", "log_every=100"), Log(tmp_path, 1000)
+    monkeypatch.setattr(log, "progress", lambda step, text="", line=False: shown.append(text))
+    watch = Watch(config, log, Checkpoints(tmp_path))
+    sound = {"grad_norm": jnp.float32(1), "param_norm": jnp.float32(1)}
+    for step in range(1, 6):
+        now[0] += 2.0
+        watch.see(step, {"loss": jnp.float32(step), **sound}, {})
+    assert [text.split("  ")[:2] for text in shown[1:]] == [
+        [f"loss {step}.0000", "5 examples/s"] for step in range(2, 6)
+    ]
+    now[0] += 100.0  # an evaluation
+    watch.restart()
+    now[0] += 1.0
+    watch.see(6, {"loss": jnp.float32(6), **sound}, {})
+    assert shown[-1].startswith("loss 6.0000  10 examples/s")
     log.close()
 
 

@@ -1,5 +1,6 @@
 """Recipes are found by name from any folder, import their neighbors, and are copied with them."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -68,22 +69,67 @@ def test_two_folders_may_have_a_neighbor_of_the_same_name(tmp_path):
 
 def test_an_error_names_the_line_of_the_neighbor_where_it_arose(tmp_path):
     recipe = folder_of(tmp_path, **{"deeper.py": "def base():\n    return 1 / 0\n"})
-    with pytest.raises(ConfigError, match=r"deeper\.py:2: ZeroDivisionError: division by zero"):
+    with pytest.raises(
+        ConfigError, match=r"deeper\.py:2: ZeroDivisionError: division by zero\n    return 1 / 0$"
+    ):
         load(recipe)
     recipe = folder_of(tmp_path, **{"deeper.py": "def base(:\n"})
-    with pytest.raises(ConfigError, match=r"deeper\.py:1: "):
+    with pytest.raises(ConfigError, match=r"deeper\.py:1: .*\n    def base\(:$"):
         load(recipe)
+
+
+WORDS = "from pathlib import Path\n\n\ndef base():\n    return int(PATH.read_text())\n"
+
+
+def test_a_recipe_takes_the_files_along_that_it_names(tmp_path):
+    (tmp_path / "recipes" / "sizes").mkdir(parents=True)
+    (tmp_path / "recipes" / "sizes" / "width.txt").write_text("8")
+    read = WORDS.replace("PATH", '(Path(__file__).parent / "sizes/width.txt")')
+    recipe = Recipe(folder_of(tmp_path / "recipes", **{"deeper.py": read}))
+    recipe.save(tmp_path / "run")
+    shutil.rmtree(tmp_path / "recipes")
+    assert recipe_of(tmp_path / "run").load().objective.encoder.width == 16
+    recipe_of(tmp_path / "run").save(tmp_path / "run")  # as `sslx train RUN` does
 
 
 def test_a_recipe_whose_copy_does_not_load_is_refused_at_once(tmp_path):
     (tmp_path / "width.txt").write_text("8")
-    read = "from pathlib import Path\n\n\ndef base():\n    return int(PATH.read_text())\n"
-    read = read.replace("PATH", 'Path(__file__).with_name("width.txt")')
+    read = WORDS.replace("PATH", 'Path(__file__).with_name("width" + ".txt")')
     recipe = folder_of(tmp_path, **{"deeper.py": read})
     assert load(recipe).objective.encoder.width == 16
     with pytest.raises(ConfigError, match=r"run/deeper\.py:\d: .*width\.txt"):
         Recipe(recipe).save(tmp_path / "run")
     assert not (tmp_path / "run" / "overrides.json").exists()
+
+
+def test_a_recipe_may_be_in_any_coding_and_have_values_of_its_own(tmp_path):
+    (tmp_path / "halves.py").write_bytes(
+        b"# -*- coding: latin-1 -*-\nfrom __future__ import annotations\n"
+        b"from dataclasses import dataclass\nfrom typing import ClassVar\n\n\n"
+        b"@dataclass(frozen=True)\nclass Half:\n    of: int = 16\n"
+        b"    name: ClassVar[str] = '\xfc'\n    width = property(lambda self: self.of // 2)\n"
+    )
+    recipe = folder_of(tmp_path)
+    text = recipe.read_text().replace("from sizes import WIDTH", "from halves import Half")
+    own = "\n\n@dataclass(frozen=True)\nclass Own:\n    half: Half = Half()\n\n\n"
+    text = text.replace("BATCHES =", own + "WIDTH = Own().half.width\nBATCHES =")
+    recipe.write_bytes(b"#!python\n# coding: latin-1\n'\xfc'\n" + text.encode("latin-1"))
+    Recipe(recipe).save(tmp_path / "run")
+    assert (tmp_path / "run" / "halves.py").read_bytes() == (tmp_path / "halves.py").read_bytes()
+    assert recipe_of(tmp_path / "run").load().objective.encoder.width == 8
+
+
+def test_an_error_in_what_a_recipe_defines_shows_its_line_alone(tmp_path, capfd):
+    from sslx.cli import main
+
+    recipe = folder_of(tmp_path)
+    line = "loss, aux = super().loss(params, buffers, batch, key, step)"
+    wrong = line + "\n        loss = loss.nonsense"
+    recipe.write_text(recipe.read_text().replace(line, wrong))
+    assert main(["train", str(recipe), "--workdir", str(tmp_path / "run")]) == 1
+    said = capfd.readouterr().err
+    where = re.escape(f"sslx: {tmp_path}/mine.py:") + r"\d+: AttributeError: .*nonsense.*"
+    assert re.fullmatch(where + r"\n    loss = loss\.nonsense \(--trace.*\)\n", said), said
 
 
 def test_a_neighbor_called_recipe_is_refused(tmp_path):

@@ -1,0 +1,101 @@
+"""Parts of a source: every n-th record, or all the others."""
+
+import functools
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from sslx.data.source import DataError, Shapes, Source
+from sslx.data.uri import open_uri
+
+HELD_OUT = 20  # one record of so many
+
+log = logging.getLogger("sslx")
+
+
+@dataclass(frozen=True)
+class Part(Source):
+    """Every n-th record of a source, from its first on, or with `rest` all but those.
+
+    So the two have no record in common, and classes that lie one after another are in both.
+    """
+
+    source: str | Source
+    every: int
+    rest: bool = False
+
+    def __post_init__(self):
+        if self.every < 2:
+            raise DataError(f"every={self.every}: a part is every 2nd record or fewer")
+
+    @functools.cached_property
+    def whole(self) -> Source:
+        return open_uri(self.source) if isinstance(self.source, str) else self.source
+
+    def __str__(self) -> str:
+        kind = (
+            f"all but every {self.every}th record" if self.rest else f"every {self.every}th record"
+        )
+        return f"{self.source} ({kind})"
+
+    def __len__(self) -> int:
+        held = -(-len(self.whole) // self.every)
+        return len(self.whole) - held if self.rest else held
+
+    def place(self, index):
+        """The place in the whole source of a record, or of an array of them."""
+        return index + index // (self.every - 1) + 1 if self.rest else index * self.every
+
+    def __getitem__(self, index: int):
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return self.whole[self.place(index)]
+
+    def records(self, indices: list[int]):
+        return self.whole.records([self.place(index) for index in indices])
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return self.whole.gather(self.place(indices))
+
+    @property
+    def shapes(self) -> Shapes:
+        return self.whole.shapes
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        return self.whole.leaves
+
+    @property
+    def decoder(self) -> str:
+        return self.whole.decoder
+
+    @property
+    def resident(self) -> bool:
+        return self.whole.resident
+
+    def check(self) -> None:
+        self.whole.check()
+        super().check()
+
+    def suits(self, decode) -> None:
+        self.whole.suits(decode)
+
+
+def train_and_test(
+    data: str | Source, test: str | Source, published: tuple[str, str]
+) -> tuple[str | Source, str | Source]:
+    """The training and the test set of a recipe.
+
+    `test` as given; that of `published` = (data, test), where the data are; else a share of the
+    data is held out, which is said.
+    """
+    if test or data == published[0]:
+        return data, test or published[1]
+    _say(data)
+    return Part(data, HELD_OUT, rest=True), Part(data, HELD_OUT)
+
+
+@functools.cache  # a recipe is loaded more than once
+def _say(data: str | Source) -> None:
+    log.warning("no test= is given: every %dth record of %s is held out for it", HELD_OUT, data)
