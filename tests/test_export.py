@@ -259,14 +259,14 @@ def test_what_stands_beside_the_weights(tmp_path):
 
 
 RECIPE = """\
-data.source = 'folder:/home/me/My Data/train'
+data.source = 'folder:/disk/me/My Data/train'
 test.source = 'text:/a/b/*.txt?tokenizer=~me/R&D/words'
-start.source = "/home/me/it's"
+start.source = "/disk/me/it's"
 far.source = 'gs://bucket/x'
 near.source = 'windows/train'
 no_decay = '.*/(bias|scale)'
 resize = (('(.*/)?position/table', extended),)
-path = PosixPath('/home/me')
+path = PosixPath('/disk/me')
 """
 
 
