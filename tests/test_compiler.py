@@ -21,6 +21,6 @@ np.testing.assert_allclose(got, (a.astype(np.float64) * b).sum(3), rtol=1e-4, at
 
 
 def test_sums_on_the_cpu_are_right():
-    """jaxlib 0.10.2 and 0.11 err by 35 % in the first (jax-ml/jax#39103) and crash in the second."""
+    """jaxlib 0.10.2 errs by 35 % in the first (jax-ml/jax#39103) and crashes in the second."""
     env = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
     subprocess.run([sys.executable, "-c", PROGRAM], env=env, check=True)

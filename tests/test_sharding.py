@@ -86,6 +86,73 @@ def test_slices_that_replicas_cannot_join():
         Mesh(1, 8, 1).build(POD)
 
 
+def test_a_mesh_that_jax_cannot_lay_is_a_value_error(monkeypatch):
+    def refuse(*args, **options):
+        raise NotImplementedError("no assignment")
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", refuse)
+    with pytest.raises(ValueError, match=r"does not lie on 1 slices of 4 TPU v4 \(no assignment"):
+        Mesh().build(POD[:4])
+
+
+def grid_of(mesh: Mesh, devices, monkeypatch):
+    """(process, id) of the devices as a mesh lays them; jax's own takes no mocks."""
+    grids, real = [], mesh_of(1, 8, 1)
+    monkeypatch.setattr(jax.sharding, "Mesh", lambda grid, *a, **k: grids.append(grid) or real)
+    mesh.build(devices)
+    return np.vectorize(lambda d: (d.process_index, d.id), otypes=[object])(grids[0])
+
+
+def lite(i: int):
+    """A chip of two v5e slices of 4 x 4, whose hosts have 2 x 2 each."""
+    device, x, y = chip(0), i % 4, i // 4 % 4
+    device.configure_mock(id=i, slice_index=i // 16, device_kind="TPU v5 lite")
+    device.configure_mock(coords=(x, y, 0), process_index=i // 16 * 4 + y // 2 * 2 + x // 2)
+    return device
+
+
+@pytest.mark.parametrize("mesh", [Mesh(2, 8, 2), Mesh(2, 4, 4), Mesh(2, -1, 1)])
+def test_two_slices_of_v5e_make_any_mesh(mesh, monkeypatch):
+    """With tensor=2 jax refuses to split an axis of the torus, unless allowed to."""
+    grid = grid_of(mesh, [lite(i) for i in range(32)], monkeypatch)
+    assert grid.shape[:1] == (2,) and grid.size == 32
+    assert [{i // 16 for _, i in half.flat} for half in grid] == [{0}, {1}]
+
+
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(2, 8, 1), Mesh(1, 2, 8), Mesh(1, 4, 4)])
+def test_hosts_of_gpus_are_no_slices(mesh, monkeypatch):
+    """XLA gives the GPUs of each host a slice_index of their own."""
+
+    def gpu(i: int):
+        device = NonCallableMock(spec=jax.Device, platform="gpu", device_kind="H100")
+        device.configure_mock(id=i, slice_index=i // 8, process_index=i // 8)
+        return device
+
+    grid = grid_of(mesh, [gpu(i) for i in range(16)], monkeypatch)
+    assert grid.size == 16
+    for tensor in grid.reshape(-1, grid.shape[2]):
+        assert len({host for host, _ in tensor}) == 1  # within a host
+
+
+def test_rows_are_those_of_a_host_s_devices():
+    """Hosts of a v5e slice hold 2 x 2 chips, of which the mesh makes no stretch of the batch."""
+    mesh, pipeline = mesh_of(1, 8, 1), Pipeline(digits("train"), Image(8, channels=1), workers=0)
+    index = batch_sharding(mesh).devices_indices_map((16,))
+    with pipeline.batches(3, 16) as batches:
+        whole = next(batches)["image"]
+    seen = []
+    for host in ([0, 1, 4, 5], [2, 3, 6, 7]):
+        held = {device: rows for device, rows in index.items() if device.id in host}
+        here = NonCallableMock(spec=NamedSharding)
+        here.addressable_devices_indices_map.return_value = held
+        rows = sharding.rows_here(16, here)
+        assert rows == tuple(row for i in host for row in (2 * i, 2 * i + 1))
+        with pipeline.batches(3, 16, 0, rows) as batches:
+            assert np.array_equal(next(batches)["image"], whole[list(rows)])
+        seen += rows
+    assert sorted(seen) == list(range(16))
+
+
 # ---- rules ----
 
 
