@@ -10,7 +10,8 @@ Compiled for TPU v5e:4x4 on 2026-11-20 (tests/benchmarks/pod.py, jax 0.10.2, lib
 remat=dots 4.38 GB and 256 million, so all of a block is computed again here.
 
 Departures: pictures are shrunk to 384 px on the long side before the random crop, which is then
-cut on the accelerator; bfloat16 with float32 params in place of float16 with a scaler.
+cut on the accelerator; bfloat16 with float32 params in place of float16 with a scaler. The residual
+stream is bfloat16 too; FAIR's is float32, since autocast adds float16 to float32 position tables.
 """
 
 import jax.numpy as jnp

@@ -10,7 +10,8 @@ that sslx trained: vocabulary_size=32768.
 
 Published: base, 500,000 steps of 8,192 on 160 GB, MNLI 87.6. Ours: no run yet.
 
-Departures: special tokens are never masked, which fairseq does; windows may end within a sentence.
+Departures: special tokens are never masked, which fairseq does; windows may end within a sentence;
+the residual stream is bfloat16, fairseq's is float16 (`--fp16`, with a scaler).
 """
 
 import math
