@@ -193,8 +193,8 @@ def inflated(path: str) -> Iterator[bytes]:
                 try:
                     block = member.decompress(data)
                 except zlib.error:  # with it went what is whole: once more, until it fails
-                    for i in range(len(data)):
-                        yield before.decompress(data[i : i + 1])
+                    yield from (before.decompress(data[i : i + 1]) for i in range(len(data)))
+                    raise
                 yield block
                 if (left := left - len(block)) < 0:
                     raise zlib.error(
