@@ -88,9 +88,7 @@ def parser() -> argparse.ArgumentParser:
     recipe(import_added, "--recipe", help="default: the model's own")
     tokenize_ = command(tokenize, "turn text into windows of tokens, once; interrupted, it goes on")
     tokenize_.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="a folder, file or glob of .txt, .jsonl, .json (.gz), .parquet",
+        "source", metavar="SOURCE", help="a folder, file or glob of .txt, .jsonl (.gz), .parquet"
     )
     tokenize_.add_argument("out", metavar="OUT", help="then tokens:OUT is a source")
     which = tokenize_.add_mutually_exclusive_group()

@@ -108,8 +108,8 @@ def test_a_file_that_is_not_what_its_name_says_is_one_dropped_file(tmp_path, nam
 @pytest.mark.parametrize(
     "line, reason",
     [
-        (b"[" * 100_000, "is damaged: it is nested too deeply"),
-        (b'{"text": ' * 100_000, "is damaged: it is nested too deeply"),
+        (b"[" * 10_000, "is damaged: it is nested too deeply"),
+        (b'{"text": ' * 10_000, "is damaged: it is nested too deeply"),
         (b'{"text": "ok", "n": ' + b"1" * 5000 + b"}", "is damaged: Exceeds the limit"),
         (b"", None),
         (b"nonsense", "is damaged: Expecting value at character 0, near 'nonsense'"),
@@ -134,6 +134,16 @@ def test_a_bad_row_is_counted_and_the_next_is_read(tmp_path, monkeypatch, line, 
     assert len(documents) == 1 + (reason is None and line != b"")
     for name, found in tally.dropped.items():
         assert name == f"{tmp_path}/a.jsonl@0" and found.startswith(reason)
+
+
+def test_a_line_longer_than_its_part_is_read_once(tmp_path):
+    """Parts in the middle of it look for its end no further than their own."""
+    path = str(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"x" * (5 << 20) + b'"}\n' + LINES[1])
+    assert files.first(files.Span(path, 1000, 2000, 1000)) <= 2000 + files.BLOCK
+    parts, _ = files.partition([path], 1 << 20)
+    documents = [text for [span] in parts for text, begins in texts(span, Tally()) if begins]
+    assert len(parts) == 6 and [text[:3] for text in documents] == ["xxx", "row"]
 
 
 def test_memory_is_bounded_by_what_comes_out_of_a_gzip(tmp_path, monkeypatch):

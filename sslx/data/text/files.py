@@ -156,13 +156,14 @@ def partition(paths: list[str], size: int) -> tuple[list[list[Span]], dict[str, 
 
 
 def first(span: Span) -> int:
-    """Where the first line begins that begins within the span, or after it."""
+    """Where the first line begins that begins within the span; a place behind it if none does."""
     if not span.begin:
         return 0
     with open(span.path, "rb") as file:
         file.seek(span.begin - 1)
-        while (line := file.readline(BLOCK)) and not line.endswith(b"\n"):
-            pass
+        line = file.readline(BLOCK)
+        while line and not line.endswith(b"\n") and file.tell() < span.end:
+            line = file.readline(BLOCK)
         return file.tell()
 
 
@@ -193,8 +194,8 @@ def inflated(path: str) -> Iterator[bytes]:
                 try:
                     block = member.decompress(data)
                 except zlib.error:  # with it went what is whole: once more, until it fails
-                    for i in range(len(data)):
-                        yield before.decompress(data[i : i + 1])
+                    yield from (before.decompress(data[i : i + 1]) for i in range(len(data)))
+                    raise
                 yield block
                 if (left := left - len(block)) < 0:
                     raise zlib.error(
