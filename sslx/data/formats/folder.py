@@ -27,7 +27,7 @@ class Folder(Source):
 
     leaves = ("image",)
     decoder = "Image(size)"
-    index = ("tree",)
+    listed = ("tree",)
 
     path: str
 
