@@ -270,7 +270,7 @@ def test_pictures_a_folder_deeper_are_pointed_at(tmp_path):
         uris.open_uri(f"folder:{tmp_path}/train")
     (tmp_path / "none").mkdir()
     (tmp_path / "none/a.heic").touch()
-    with pytest.raises(DataError, match=r"no pictures .*, only 1 files \(1 .heic\)"):
+    with pytest.raises(DataError, match=r"no pictures .*, only 1 file \(1 .heic\)"):
         uris.open_uri(f"folder:{tmp_path}/none")
 
 

@@ -265,13 +265,13 @@ class Load:
     pieces: tuple[Sequence[int], ...]  # rows
 
     def __getstate__(self):
-        return vars(self), [source.indexed() for source in self.sources]
+        return vars(self), [source.listings() for source in self.sources]
 
     def __setstate__(self, state):
         """Workers list and count nothing again, and so see the same records as each other."""
         vars(self).update(state[0])
-        for source, index in zip(self.sources, state[1], strict=True):
-            vars(source).update(index)
+        for source, known in zip(self.sources, state[1], strict=True):
+            vars(source).update(known)
 
     @cached_property
     def ends(self) -> list[int]:

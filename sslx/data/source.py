@@ -60,7 +60,7 @@ class Source(abc.ABC):
 
     leaves: ClassVar[tuple[str, ...]] = ()  # what records hold, beside label and name
     decoder: ClassVar[str] = ""  # the one that usually reads them, for messages
-    index: ClassVar[tuple[str, ...]] = ()  # cached properties that are listings and counts
+    listed: ClassVar[tuple[str, ...]] = ()  # cached properties that are listings and counts
     resident: ClassVar[bool] = False  # decoded arrays in memory: not worth a worker process
 
     @abc.abstractmethod
@@ -111,9 +111,9 @@ class Source(abc.ABC):
     def __getstate__(self):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def indexed(self) -> dict[str, Any]:
+    def listings(self) -> dict[str, Any]:
         """What was listed and counted so far: `vars(copy).update` spares a copy doing it again."""
-        return {name: vars(self)[name] for name in self.index if name in vars(self)}
+        return {name: vars(self)[name] for name in self.listed if name in vars(self)}
 
 
 def place(ends: list[int], index: int) -> tuple[int, int]:

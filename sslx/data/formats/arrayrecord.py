@@ -30,7 +30,7 @@ class ArrayRecord(Source):
 
     leaves = ("image",)
     decoder = "Image(size)"
-    index = ("shards",)
+    listed = ("shards",)
 
     glob: str
     HEADER: ClassVar[struct.Struct] = struct.Struct("<4sq")

@@ -27,7 +27,7 @@ class Folder(Source):
 
     leaves = ("image",)
     decoder = "Image(size)"
-    index = ("tree",)
+    listed = ("tree",)
 
     path: str
 
@@ -163,7 +163,8 @@ def passed(top: Leaf, classes: list[tuple[str, list[Leaf]]]) -> str:
     """How many files of which kinds are no pictures, in words."""
     others = sum((x.others for _, leaves in classes for x in leaves), top.others)
     kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
-    return f"{others.total()} files ({kinds})" if others else ""
+    files = f"{others.total()} file{'s' * (others.total() > 1)}"
+    return f"{files} ({kinds})" if others else ""
 
 
 def content(path: str) -> bytes:

@@ -36,7 +36,7 @@ class Parquet(Source):
 
     leaves = ("image",)
     decoder = "Image(size)"
-    index = ("files", "footers", "classes")
+    listed = ("files", "footers", "classes")
 
     glob: str
 
