@@ -335,6 +335,15 @@ def test_fields_of_vit_mae_are_checked(mae, name, value):
     refused(mae, str(mae / "config.json"), name)
 
 
+def test_dropout_that_a_vit_does_not_have_is_named(mae, caplog):
+    edit(mae, "config.json", hidden_dropout_prob=0.1)
+    with caplog.at_level(logging.WARNING, "sslx"):
+        hf.read(mae)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{mae}/config.json: hidden_dropout_prob=0.1 not used"
+    ]
+
+
 TEXTS = [b"", b"[]", b"null", b'"x"', b"{", b"[" * 100_000, b'{"a": 1' + b"0" * 5000 + b"}"]
 TEXTS += [b"\xff\xfe{\0}\0", b'{"a": "caf\xe9"}', b"version https://git-lfs.github.com/spec/v1\n"]
 
