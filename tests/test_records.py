@@ -17,7 +17,8 @@ from sslx.data import uri as uris
 from sslx.data.formats.arrayrecord import write_arrayrecord
 from sslx.data.image import Image
 from sslx.data.order import Places
-from sslx.data.pipeline import Load, Pipeline
+from sslx.data.load import Load
+from sslx.data.pipeline import Pipeline
 from sslx.data.source import DataError, Source
 
 IMAGES = [encode(numbered(i, 8, 8)) for i in range(6)]
