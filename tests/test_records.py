@@ -16,8 +16,8 @@ from test_data import N, encode, numbered, small, take, write_parquet, write_tfd
 from sslx.data import uri as uris
 from sslx.data.formats.arrayrecord import write_arrayrecord
 from sslx.data.image import Image
-from sslx.data.order import Places
 from sslx.data.load import Load
+from sslx.data.order import Places
 from sslx.data.pipeline import Pipeline
 from sslx.data.source import DataError, Source
 
