@@ -1,5 +1,6 @@
 """Watching a run: metrics as they arrive, alarms, and evaluations between steps."""
 
+import json
 from pathlib import Path
 
 import jax
