@@ -17,7 +17,7 @@ from sslx.data import uri as uris
 from sslx.data.formats.arrayrecord import write_arrayrecord
 from sslx.data.image import Image
 from sslx.data.load import Load
-from sslx.data.order import Places
+from sslx.data.order import Once
 from sslx.data.pipeline import Pipeline
 from sslx.data.source import DataError, Source
 
@@ -355,7 +355,8 @@ def test_workers_see_what_was_listed_once(tmp_path, kind):
     glob = "" if kind == "folder" else "/*"
     pipeline = Pipeline(f"{kind}:{tmp_path}/{kind}{glob}", Image(8), workers=0)
     count = len(pipeline)
-    load = Load((pipeline.mixture[0][0],), Image(8), False, 0.0, Places(0, count, 0, 0))
+    sources = (pipeline.mixture[0][0],)
+    load = Load(sources, Image(8), False, 0.0, Once(0, count), (range(count),))
     add("a")
     worker, anew = (pickle.loads(pickle.dumps(x)) for x in (load, load.sources[0]))
     assert worker == load and len(worker.sources[0]) == count
