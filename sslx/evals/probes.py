@@ -64,7 +64,7 @@ class Probes(Eval):
             if not data.labelled:
                 raise ValueError(
                     f"Probes read labels, but {data.source} has none: name a source with labels "
-                    f"(class folders, a `label` column) as their train and test."
+                    "(class folders, a `label` column) as their train and test, or evals={}."
                 )
 
     def __call__(self, trained: Trained) -> Iterator[tuple[str, float]]:
