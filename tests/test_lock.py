@@ -113,4 +113,6 @@ def test_a_command_that_finds_a_writer_says_so(tmp_path, capfd):
         assert "is written to by process" in capfd.readouterr().err
         assert not (tmp_path / "run" / "recipe.py").exists()
     assert main(["train", str(TINY), "--workdir", str(tmp_path / "[x]")]) == 1
-    assert "has '[' in it: orbax" in capfd.readouterr().err and not (tmp_path / "[x]").exists()
+    assert (
+        "has '[' in it, which orbax" in capfd.readouterr().err and not (tmp_path / "[x]").exists()
+    )
