@@ -140,8 +140,8 @@ def check_path(directory: epath.PathLike) -> None:
     path = os.path.abspath(directory)
     if odd := [c for c in path if c in "[*?\\" or "\ud800" <= c <= "\udfff"]:
         raise ValueError(
-            f"{path!r} has {odd[0]!r} in it: orbax, which writes checkpoints, takes such paths for "
-            "others; name another directory, or a link to it without that."
+            f"{path!r} has {odd[0]!r} in it, which orbax, the writer of checkpoints, takes for "
+            "something else: name another directory, or a link to this one."
         )
 
 
@@ -216,7 +216,8 @@ class Checkpoints:
         orbax would log a traceback for every array."""
         self._sweep()
         folder = next(p for p in (self.directory, *self.directory.parents) if p.exists())
-        if not self._remote and (free := shutil.disk_usage(folder).free) < size:
+        total, _, free = (0, 0, 0) if self._remote else shutil.disk_usage(folder)
+        if total and free < size:  # some disks say nothing: 0 of 0
             raise OSError(
                 errno.ENOSPC,
                 f"{os.strerror(errno.ENOSPC)}, {size / 2**20:.1f} MiB are needed and "

@@ -12,6 +12,7 @@ from sslx.console import lasting_streams
 EPILOG = """\
 `sslx train` without a name lists the recipes. name=value fills an argument of the recipe's
 config(), a.b.c=value replaces along a path of it; `sslx show RECIPE` prints every path."""
+OPENS = ". A recipe, and so a run, is Python code that this executes: open runs that you trust."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,6 +43,11 @@ def main(argv: list[str] | None = None) -> int:
             return fail(f"{error}{hint}", getattr(error, "code", 1))
 
 
+def path(text: str) -> Path:
+    """A path of the command line: `~` is the home directory in `--workdir=~/x` too."""
+    return Path(os.path.expanduser(text))
+
+
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         "sslx", description="Self-supervised pretraining in JAX.", epilog=EPILOG
@@ -50,19 +56,20 @@ def parser() -> argparse.ArgumentParser:
 
     def command(run, summary: str) -> argparse.ArgumentParser:
         name = run.__name__.rstrip("_")
-        added = commands.add_parser(name, help=summary, description=summary, epilog=EPILOG)
+        opens = OPENS if run in (train, eval_, export, show) else ""
+        added = commands.add_parser(name, help=summary, description=summary + opens, epilog=EPILOG)
         added.add_argument("--traceback", action="store_true", help="show where an error arose")
         added.set_defaults(run=run)
         return added
 
     def recipe(added: argparse.ArgumentParser, *flags: str, **options) -> None:
         options = options if flags else {"nargs": "?", "help": "a name or a .py file"} | options
-        added.add_argument(*flags or ["recipe"], type=Path, metavar="RECIPE", **options)
+        added.add_argument(*flags or ["recipe"], type=path, metavar="RECIPE", **options)
         added.add_argument("overrides", nargs="*", metavar="name=value")
 
     train_ = command(train, "start a run, or resume it where it stopped")
     recipe(train_, help="a name or a .py file, or the directory of a run to resume")
-    train_.add_argument("--workdir", type=Path, metavar="RUN", help="default: runs/RECIPE")
+    train_.add_argument("--workdir", type=path, metavar="RUN", help="default: runs/RECIPE")
     train_.add_argument(
         "--accept-changes", action="store_true", help="resume although the recipe has changed"
     )
@@ -70,30 +77,38 @@ def parser() -> argparse.ArgumentParser:
         "--force", action="store_true", help="train although another process may write to RUN"
     )
     added = command(eval_, "run every eval of the recipe, beside random init and the raw input")
-    added.add_argument("workdir", type=Path, metavar="RUN")
+    added.add_argument("workdir", type=path, metavar="RUN")
+    added.add_argument("overrides", nargs="*", metavar="evals.a.b=value")
     added.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="labelled URIs")
     added.add_argument("--on", metavar="NAMES", help="evals or parts, as knn,linear; default: all")
     added.add_argument("--step", type=int, help="default: the newest checkpoint")
     export_ = command(export, "write a run's weights for transformers or timm; needs no torch")
-    export_.add_argument("workdir", type=Path, metavar="RUN")
-    export_.add_argument("out", type=Path, metavar="OUT")
+    export_.add_argument("workdir", type=path, metavar="RUN")
+    export_.add_argument("out", type=path, metavar="OUT")
     export_.add_argument("--format", choices=("hf", "timm"), default="hf")
     export_.add_argument("--encoder", metavar="NAME", help="default: the objective's first")
     export_.add_argument("--step", type=int, help="default: the newest checkpoint")
     import_added = command(
         import_, "make a Hugging Face ViT-MAE, BERT or RoBERTa a run to continue or probe"
     )
-    import_added.add_argument("source", type=Path, metavar="DIR")
-    import_added.add_argument("workdir", type=Path, metavar="RUN")
+    import_added.add_argument("source", type=path, metavar="DIR")
+    import_added.add_argument("workdir", type=path, metavar="RUN")
     recipe(import_added, "--recipe", help="default: the model's own")
     tokenize_ = command(tokenize, "turn text into windows of tokens, once; interrupted, it goes on")
     tokenize_.add_argument(
-        "source", metavar="SOURCE", help="a folder, file or glob of .txt, .jsonl (.gz), .parquet"
+        "source",
+        type=os.path.expanduser,
+        metavar="SOURCE",
+        help="a folder, file or glob of .txt, .jsonl, .json (.gz), .parquet",
     )
-    tokenize_.add_argument("out", metavar="OUT", help="then tokens:OUT is a source")
+    tokenize_.add_argument(
+        "out", type=os.path.expanduser, metavar="OUT", help="then tokens:OUT is a source"
+    )
     which = tokenize_.add_mutually_exclusive_group()
     which.add_argument("--vocab", type=int, metavar="N", help="train a tokenizer of N ids")
-    which.add_argument("--tokenizer", metavar="F", help="a tokenizer.json, or its folder")
+    which.add_argument(
+        "--tokenizer", type=os.path.expanduser, metavar="F", help="a tokenizer.json, or its folder"
+    )
     tokenize_.add_argument("--kind", choices=("wordpiece", "bpe"), default="wordpiece")
     tokenize_.add_argument("--length", type=int, default=128, metavar="L", help="of a window")
     tokenize_.add_argument("--workers", type=int, metavar="N", help="default: one for each core")
@@ -173,7 +188,9 @@ def eval_(arguments) -> None:
     on = tuple(arguments.on.split(",")) if arguments.on else ()
     data = tuple(arguments.data) if arguments.data else None
     with bars() as progress:
-        columns = Run.open(arguments.workdir).evaluate(on, data, arguments.step, progress)
+        columns = Run.open(arguments.workdir).evaluate(
+            on, data, arguments.step, progress, tuple(arguments.overrides)
+        )
     if jax.process_index():
         return
     if (pictures := arguments.workdir / "pictures").is_dir():
@@ -185,7 +202,7 @@ def eval_(arguments) -> None:
 
 
 def export(arguments) -> None:
-    on_cpu()
+    on_this_host()
     from sslx.run import Run
 
     run = Run.open(arguments.workdir)
@@ -196,7 +213,7 @@ def export(arguments) -> None:
 
 
 def import_(arguments) -> None:
-    on_cpu()
+    on_this_host()
     from sslx.importing import import_checkpoint
 
     run, overrides = arguments.workdir, tuple(arguments.overrides)
@@ -262,7 +279,7 @@ def show(arguments) -> None:
     from sslx.cluster import several
 
     if several():
-        on_cpu()
+        on_this_host()
     from sslx.config import printed
     from sslx.run import summary
 
@@ -310,6 +327,15 @@ def bars():
         yield show
 
 
+def on_this_host() -> None:
+    """Compute on the CPU, unless JAX_PLATFORMS says otherwise: what needs no accelerator neither
+    waits for other hosts nor takes one from a run that is training."""
+    import jax
+
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+
+
 def start_jax() -> None:
     """Join the other processes, if the environment says that there are some; keep compilations."""
     import jax
@@ -320,13 +346,6 @@ def start_jax() -> None:
     if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sslx"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-
-
-def on_cpu() -> None:
-    """Compute here, on the CPU: no accelerator is taken, and no other host is waited for."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
 
 
 if __name__ == "__main__":

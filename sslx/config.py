@@ -173,6 +173,12 @@ class Config:
                     f"{name}={getattr(self, name)}: it counts from 1; is it the result of too few "
                     f"epochs, or of a batch larger than the data?"
                 )
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed}: it is a whole number from 0 to 2**32 - 1.")
+        for name in ("objective", "views", "optimizer", "evals", "collapse"):
+            for path, value in leaves(getattr(self, name), name):
+                if isinstance(value, float) and value != value:
+                    raise ConfigError(f"{path}=nan is no number.")
         if self.nonfinite not in ("stop", "skip"):
             raise ConfigError(f"nonfinite={self.nonfinite}: use stop or skip.")
         if self.batch_size % self.accumulate:
@@ -183,6 +189,15 @@ class Config:
 
 
 # ---- printed form ----
+
+
+def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """(path, value) of every leaf of a config."""
+    parts = {} if isinstance(value, type) else dict(parts_of(value))
+    for name, part in parts.items():
+        yield from leaves(part, f"{path}.{name}")
+    if not parts:
+        yield path, value
 
 
 def lines(value: Any, path: str = "", law: bool = False) -> Iterator[str]:

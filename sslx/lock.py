@@ -47,7 +47,8 @@ def _locked(run: Path, force: bool) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"Cannot write to {run} ({error}): choose another --workdir.") from error
     try:
-        if not force and _taken(path, fd):
+        locked = _locks(fd)
+        if not force and _taken(path, locked):
             raise ConfigError(
                 f"{run} is written to by {_owner(path)}: wait for its end, use another directory, "
                 "or take over with --force (force=True)."
@@ -63,22 +64,30 @@ def _locked(run: Path, force: bool) -> Iterator[None]:
         finally:
             ended.set()
             touching.join()
-            if _read(path) == mine:  # else it was taken over
-                os.truncate(fd, 0)
+            with contextlib.suppress(OSError):
+                if _read(path) == mine:  # else it was taken over
+                    os.truncate(fd, 0)
     finally:
         os.close(fd)
 
 
-def _taken(path: Path, fd: int) -> bool:
-    """Whether another process writes to the run; else it is locked."""
+def _locks(fd: int) -> bool | None:
+    """Whether this process has the lock of a file now; None on a disk without locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        certain = _read(path).get("host") == socket.gethostname()
     except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _taken(path: Path, locked: bool | None) -> bool:
+    """Whether another process writes to the run."""
+    if locked is False:
         return True
-    except OSError:  # no such locks on this disk
-        certain = False
-    if certain or not _read(path):
+    owner = _read(path)
+    if not owner or (locked and owner.get("host") == socket.gethostname()):
         return False
     log.warning("%s: looking for %.0f s whether %s still writes", path, 3 * BEAT, _owner(path))
     return _touched(path)

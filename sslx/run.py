@@ -25,6 +25,7 @@ from sslx.config import (
     Progress,
     difference,
     lines,
+    override,
     printed,
     unheard,
     unknown,
@@ -57,7 +58,6 @@ from sslx.watch import evaluate, floors
 
 Data = str | Source | Mapping[str, np.ndarray] | np.ndarray
 FORMATS = {"hf": hf.save, "timm": timm.save}
-
 # The recipe of a run whose config was made in Python.
 PICKLED = '''"""A config that was made in Python and not by a recipe; config.txt shows it."""
 
@@ -109,7 +109,7 @@ def start(
         if re.search(" at 0x[0-9a-f]+>", line):
             raise ConfigError(
                 f"{line}: this does not tell by which values it computes, so the run could not be "
-                f"resumed with it: make it a frozen dataclass, or a named function."
+                "resumed with it: make it a frozen dataclass, or a named function."
             )
     resumed = (run / "overrides.json").is_file() and not accept_changes
     if resumed and (changes := difference(recipe_of(run).load(), config)):
@@ -220,20 +220,23 @@ class Run:
         data: tuple[Data, Data] | None = None,
         step: int | None = None,
         progress: Progress = unheard,
+        overrides: tuple[str, ...] = (),
     ) -> Numbers:
         """{column: {name: value}} of every eval of the recipe; also written to evals.json.
 
         Columns are the checkpoint, random init, and baselines that need no training.
 
-        on    names of evals, or of parts of them such as "knn"; all by default
-        data  (train, test) labelled data as `features` takes it, for the probes instead of the
-              recipe's
+        on         names of evals, or of parts of them such as "knn"; all by default
+        data       (train, test) labelled data as `features` takes it, for the probes instead of
+                   the recipe's
+        overrides  of the evals, such as "evals.probes.on.0.k=5"
         """
         config, mesh, step, state = self.restore(step)
         on = (on,) if isinstance(on, str) else on
         encoders = config.objective.encoders(state.params, state.buffers)
         leaf = chosen(encoders).signature.leaves[0]
-        config = dataclasses.replace(config, evals=selected(config, on, data, leaf))
+        evals = selected(evals_of(config, data, leaf, overrides), on)
+        config = dataclasses.replace(config, evals=evals)
         columns = {}
         with jax.set_mesh(mesh):
             values = evaluate(config, mesh, state, prefixed(progress, f"step {step}"))
@@ -248,6 +251,7 @@ class Run:
                 if isinstance(picture, np.ndarray):
                     write_picture(self.path, f"{name}-{step:06d}", picture)
             where = f" on {' '.join(map(shown, data))}" if data else ""
+            where += f" with {' '.join(overrides)}" if overrides else ""
             add_scores(self.path, {f"{name}{where}": of for name, of in columns.items()})
         return columns
 
@@ -309,10 +313,10 @@ def shown(data: Data) -> str:
     return data if isinstance(data, str) else "arrays"
 
 
-def selected(
-    config: Config, on: tuple[str, ...], data: tuple[Data, Data] | None, leaf: str
+def evals_of(
+    config: Config, data: tuple[Data, Data] | None, leaf: str, overrides: tuple[str, ...]
 ) -> dict[str, Any]:
-    """The evals of `config`, on other data or only some of them; `leaf` is what encoders read."""
+    """The evals of `config`, or its probes on other data; `leaf` is what encoders read."""
     evals = dict(config.evals)
     if data:
         sets = [dataclasses.replace(pipeline_of(config, of, leaf), labels=True) for of in data]
@@ -324,6 +328,16 @@ def selected(
             "The recipe has no evals: give labelled data, --data TRAIN TEST, as in --data "
             "digits:train digits:test."
         )
+    for text in overrides:
+        name, _, value = text.partition("=")
+        if not name.startswith("evals."):
+            raise ConfigError(f"{text!r}: an evaluation takes evals.a=value.")
+        evals = override(evals, name.removeprefix("evals."), value)
+    return evals
+
+
+def selected(evals: dict[str, Any], on: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the evals, and of their parts, that `on` names; all of them if it is empty."""
     if not on:
         return evals
     parts = {name: tuple(n for n in on if n in e.parts()) for name, e in evals.items()}

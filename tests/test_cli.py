@@ -144,6 +144,17 @@ def test_eval_on_other_data_with_one_probe_at_a_step(eight, tmp_path, capfd):
     assert "linear/top1" not in scores[f"step 20{where}"]
 
 
+def test_the_number_of_neighbors_is_set_on_the_command_line(probed, tmp_path, capfd):
+    run = shutil.copytree(probed, tmp_path / "run")
+    assert sslx("eval", run, "--on", "knn", "evals.probes.on.0.k=5000") == 1
+    text = said(capfd)
+    assert "needs 5000 neighbors" in text and "on the command line evals.probes.on.0.k=1437" in text
+    assert sslx("eval", run, "evals.probes.on.0.k=3", "--on", "knn") == 0
+    assert "step 20 with evals.probes.on.0.k=3" in json.loads((run / "evals.json").read_text())
+    assert sslx("eval", run, "steps=3") == 1
+    assert "'steps=3': an evaluation takes evals.a=value." in said(capfd)
+
+
 # ---- show ----
 
 
@@ -246,6 +257,41 @@ def test_export_for_timm(probed, tmp_path):
 # ---- the command itself ----
 
 
+def test_paths_may_begin_at_home(tmp_path, monkeypatch):
+    from sslx.cli import parser
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    commands = [("train", "x", "--workdir=~/run"), ("eval", "~/run"), ("export", "~/run", "~/run")]
+    commands += [("import", "~/run", "~/run", "--recipe=~/run"), ("show", "~/run")]
+    commands += [("tokenize", "~/run", "~/run", "--tokenizer=~/run")]
+    for command in commands:
+        arguments = vars(parser().parse_args(command))
+        paths = [str(value) for value in arguments.values() if "run" in str(value).split("/")]
+        assert paths == [f"{tmp_path}/run"] * sum("~" in word for word in command), command
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "export", "show"])
+def test_help_says_that_a_recipe_is_executed(command, capfd):
+    with pytest.raises(SystemExit):
+        sslx(command, "--help")
+    assert "is Python code that this executes: open runs that you trust." in said(capfd)
+
+
+@pytest.mark.parametrize("command", ["export", "import", "show"])
+def test_a_command_for_one_host_waits_for_no_other(command, eight, tmp_path, monkeypatch, capfd):
+    import jax
+
+    def joined(*args, **options):
+        raise AssertionError("it joins the other hosts")
+
+    monkeypatch.setattr(jax.distributed, "initialize", joined)
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_NTASKS"):
+        monkeypatch.setenv(name, "2")
+    paths = {"export": (eight, tmp_path / "out"), "import": (tmp_path, tmp_path / "run")}
+    assert sslx(command, *paths.get(command, (eight,))) == (command == "import")
+    assert "config.json" in said(capfd) or command != "import"  # that is missing
+
+
 def test_the_command_starts_fast_and_explains_itself():
     code = """
 import sys
@@ -265,7 +311,7 @@ except SystemExit as done:
 
 
 @pytest.mark.parametrize(
-    "args", [("train",), ("train", TINY, "--steps", "3"), ("eval", "x", "y=1")]
+    "args", [("train",), ("train", TINY, "--steps", "3"), ("export", "x", "y", "z=1")]
 )
 def test_unknown_arguments(args, capfd):
     with pytest.raises(SystemExit) as ended:

@@ -33,8 +33,9 @@ def test_a_second_writer_is_refused_within_a_second_and_may_force(tmp_path):
         assert time.monotonic() - begun < 1
         with writing(run, force=True):
             assert json.loads(owner(run))["pid"] == os.getpid()
-    with writing(run):  # again, as in a notebook
-        pass
+    refused = pytest.raises(ConfigError, match="is written to")
+    with writing(run, force=True), refused:  # again, as in a notebook; what was forced locks too
+        writing(run).__enter__()
     with pytest.raises(KeyError), writing(run):
         raise KeyError
     assert owner(run) == ""
@@ -113,4 +114,6 @@ def test_a_command_that_finds_a_writer_says_so(tmp_path, capfd):
         assert "is written to by process" in capfd.readouterr().err
         assert not (tmp_path / "run" / "recipe.py").exists()
     assert main(["train", str(TINY), "--workdir", str(tmp_path / "[x]")]) == 1
-    assert "has '[' in it: orbax" in capfd.readouterr().err and not (tmp_path / "[x]").exists()
+    assert (
+        "has '[' in it, which orbax" in capfd.readouterr().err and not (tmp_path / "[x]").exists()
+    )

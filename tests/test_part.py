@@ -38,6 +38,8 @@ def test_a_part_is_read_like_any_source():
     with pipeline.epoch(19) as batches:
         seen = [int(x) for batch in batches for x in batch["x"][batch["valid"]]]
     assert seen == [i for i in range(60) if i % 20]
+    assert Part("digits:test", 20).split == "test"  # what the whole says of itself
+    assert not hasattr(Part("digits:test", 20), "path")
     with pytest.raises(ValueError, match="every=1"):
         Part(numbered(3), 1)
     with pytest.raises(ValueError, match="holds no records"):

@@ -132,6 +132,20 @@ def test_an_error_in_what_a_recipe_defines_shows_its_line_alone(tmp_path, capfd)
     assert re.fullmatch(where + r"\n    loss = loss\.nonsense \(--trace.*\)\n", said), said
 
 
+@pytest.mark.parametrize("text", ["", "[", "{}", "[1]", "\x00"])
+def test_damaged_overrides_are_named_and_written_again(tmp_path, text):
+    recipe = Recipe(folder_of(tmp_path), ("steps=3",))
+    run = tmp_path / "run"
+    recipe.save(run)
+    for name in ("overrides.json", "config.txt", "recipe.py"):
+        (run / name).write_text(text)
+    with pytest.raises(ConfigError, match=rf"{run}/overrides\.json is damaged: name the recipe"):
+        recipe_of(run)
+    (run / "config.txt").unlink()
+    recipe.save(run)  # as --accept-changes does
+    assert recipe_of(run).load().steps == 3 and "\nsteps = 3\n" in (run / "config.txt").read_text()
+
+
 def test_a_neighbor_called_recipe_is_refused(tmp_path):
     recipe = folder_of(tmp_path, **{"recipe.py": "x = 1\n"})
     recipe.write_text("import recipe\n" + recipe.read_text().replace("from __future__", "# "))

@@ -135,3 +135,9 @@ def test_a_method_of_a_made_up_modality(tmp_path, capfd):
     assert repr(features) == "Features(x=[512, 8], label=[512])"
     assert main(["eval", str(tmp_path / "run"), "--on", "knn"]) == 0  # by the command line too
     assert "knn/top1" in capfd.readouterr().out
+
+
+def test_a_number_that_is_none_is_named():
+    optimizer = sslx.AdamW(sslx.Constant(float("nan")))
+    with pytest.raises(ValueError, match=r"optimizer\.learning_rate\.value=nan is no number"):
+        dataclasses.replace(sslx.load("mae_digits"), optimizer=optimizer)

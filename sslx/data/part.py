@@ -33,6 +33,11 @@ class Part(Source):
     def whole(self) -> Source:
         return open_uri(self.source) if isinstance(self.source, str) else self.source
 
+    def __getattr__(self, name: str):
+        if name.startswith("__") or name == "source":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.whole, name)  # its tokenizer's path, its vocabulary
+
     def __str__(self) -> str:
         kind = (
             f"all but every {self.every}th record" if self.rest else f"every {self.every}th record"

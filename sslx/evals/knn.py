@@ -46,7 +46,8 @@ class KNN:
         if self.k > len(train.x):
             raise ValueError(
                 f"{self} needs {self.k} neighbors but the training set has {len(train.x)} "
-                f"examples: use KNN(k={len(train.x)}) or less."
+                f"examples: use KNN(k={len(train.x)}) or less, on the command line "
+                f"evals.probes.on.0.k={len(train.x)} (`sslx show` prints the path)."
             )
         chunk = min(QUERIES, len(x))
         mesh = mesh or local_mesh(chunk)

@@ -50,7 +50,7 @@ class Probes(Eval):
             if data.unlabelled:
                 raise ValueError(
                     f"Probes read labels, but {data.source} has none, for {data.unlabelled}: "
-                    f"name sources with labels (class folders, a `label` column)."
+                    f"name sources with labels (class folders, a `label` column), or evals={{}}."
                 )
         numbers = numbering(self.train.classes, self.test.classes)
         if not numbers and (self.train.classes or self.test.classes):
