@@ -243,7 +243,7 @@ def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):
                 watch.checkpoints.save(step, state)
             if not stop and (last or step % config.eval_every == 0):
                 scores.add(step, state)
-                watch.clock.read(0)  # an evaluation counts for no step's time
+                watch.restart()  # an evaluation counts for no step's time
             if stop:
                 raise Interrupted(stop, step, watch.newest())
     if (newest := watch.newest()) < config.steps:

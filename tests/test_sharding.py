@@ -389,8 +389,8 @@ class Watching:
     def add(self, step, state):
         self.events.append(f"evaluate {step}")
 
-    def read(self, steps):
-        assert steps == 0
+    def restart(self):
+        pass
 
     def newest(self):
         return 10**9

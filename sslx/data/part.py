@@ -64,6 +64,14 @@ class Part(Source):
         return self.whole.gather(self.place(indices))
 
     @property
+    def classes(self) -> list[str]:
+        return self.whole.classes
+
+    @property
+    def unlabelled(self) -> str:
+        return self.whole.unlabelled
+
+    @property
     def shapes(self) -> Shapes:
         return self.whole.shapes
 

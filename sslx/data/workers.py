@@ -40,10 +40,11 @@ def mark_flags_parsed() -> None:
 
 @contextlib.contextmanager
 def spawning():
-    """Workers started within never hear Ctrl-C and SIGTERM, which go to all processes of a terminal
-    or job: when they end is for the run to say, once it has saved what it reached."""
+    """Workers started within never hear the signals that end a run, which go to all processes of a
+    terminal or job: when they end is for the run to say, once it has saved what it reached."""
     resource_tracker.ensure_running()  # started later, it would let the signals through again
-    heard = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    ending = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, [getattr(signal, name) for name in ending])
     try:
         yield
     finally:
