@@ -11,8 +11,8 @@ vocabulary_size=8192.
 
 Departures: masks are drawn anew at every step, where Google repeats ten; an unknown word is never
 chosen; the rate falls from where the warm-up ends, Google's from the start (.99e-4 after it); no
-short windows, of which Google has a tenth. All but params, norms' statistics, softmaxes and the loss
-is bfloat16, the residual stream too; Google's code is float32 throughout.
+short windows, of which Google has a tenth. All but params, norms' statistics, softmaxes and the
+loss is bfloat16, the residual stream too; Google's code is float32 throughout.
 
 Published after the next-sentence task too: base, GLUE 79.6. Ours: no run yet.
 """

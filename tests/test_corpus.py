@@ -88,8 +88,8 @@ def test_a_parquet_file_without_a_footer_is_one_dropped_file(tmp_path, footer):
         ("a.txt", "text".encode("utf-16"), "is UTF-16: convert it with iconv"),
         ("a.jsonl", LINES[0].decode().encode("utf-16"), "is UTF-16: convert it with iconv"),
         ("a.json", LINES[0].decode().encode("utf-16"), "is UTF-16: convert it with iconv"),
-        ("a.jsonl", gzip.compress(LINES[0]), "is gzipped: name it .gz"),
-        ("a.txt", gzip.compress(b"text"), "is gzipped: name it .gz"),
+        ("a.jsonl", gzip.compress(LINES[0], mtime=0), "is gzipped: name it .gz"),
+        ("a.txt", gzip.compress(b"text", mtime=0), "is gzipped: name it .gz"),
         ("a.jsonl.gz", LINES[0], "is not gzipped, but named .gz"),
         ("a.txt.gz", b"text", "is not gzipped, but named .gz"),
         ("a.json.gz", b"[]", "is not gzipped, but named .gz"),
@@ -164,7 +164,7 @@ def test_a_file_without_documents_is_said(tmp_path, name):
     if name.endswith("parquet"):
         pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
     else:
-        path.write_bytes(gzip.compress(b"\n\n") if name.endswith("gz") else b"")
+        path.write_bytes(gzip.compress(b"\n\n", mtime=0) if name.endswith("gz") else b"")
     (tmp_path / "b.txt").write_text("text")
     documents, tally = kept(tmp_path)
     assert [*filter(None, documents)] == ["text"]
