@@ -112,10 +112,16 @@ def join(env: Mapping[str, str] = os.environ, timeout: int = TIMEOUT) -> None:
     if by and by.name == "TPU" and env.get("JAX_PLATFORMS") == "cpu":
         return
     options = by.joining(env) if by else {}
+    if jax.distributed.is_initialized():  # by the program that calls us
+        return
     if options.get("process_id") == 0 and count > 1:
         print(f"sslx: waiting for {count} processes", file=sys.stderr)
     try:
         jax.distributed.initialize(initialization_timeout=timeout, **options)
+    except RuntimeError:
+        if count > 1:
+            raise
+        return  # devices are in use here already, and nothing says that there are others
     except ValueError as error:
         if "be defined" not in str(error):  # jax's words for: this is no cluster that I know
             raise

@@ -99,6 +99,9 @@ def test_processes_without_an_address_and_processes_that_did_not_come(monkeypatc
 
     monkeypatch.setattr(jax.distributed, "initialize", nowhere)
     cluster.join({})  # alone
+    monkeypatch.undo()
+    cluster.join({})  # in this very process, which has devices already
+    monkeypatch.setattr(jax.distributed, "initialize", nowhere)
     with pytest.raises(
         ClusterError, match=r"OMPI_COMM_WORLD_SIZE=2 .* set JAX_COORDINATOR_ADDRESS"
     ):
