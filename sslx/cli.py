@@ -95,29 +95,33 @@ def parser() -> argparse.ArgumentParser:
     import_added.add_argument("workdir", type=path, metavar="RUN")
     recipe(import_added, "--recipe", help="default: the model's own")
     tokenize_ = command(tokenize, "turn text into windows of tokens, once; interrupted, it goes on")
-    tokenize_.add_argument(
+    arguments_of_tokenize(tokenize_)
+    show_ = command(show, "print the config, params, shardings and FLOPs of a recipe")
+    recipe(show_, help="a name or a .py file, or the directory of a run")
+    return root
+
+
+def arguments_of_tokenize(added: argparse.ArgumentParser) -> None:
+    added.add_argument(
         "source",
         type=os.path.expanduser,
         metavar="SOURCE",
         help="a folder, file or glob of .txt, .jsonl, .json (.gz), .parquet",
     )
-    tokenize_.add_argument(
+    added.add_argument(
         "out", type=os.path.expanduser, metavar="OUT", help="then tokens:OUT is a source"
     )
-    which = tokenize_.add_mutually_exclusive_group()
+    which = added.add_mutually_exclusive_group()
     which.add_argument("--vocab", type=int, metavar="N", help="train a tokenizer of N ids")
     which.add_argument(
         "--tokenizer", type=os.path.expanduser, metavar="F", help="a tokenizer.json, or its folder"
     )
-    tokenize_.add_argument("--kind", choices=("wordpiece", "bpe"), default="wordpiece")
-    tokenize_.add_argument("--length", type=int, default=128, metavar="L", help="of a window")
-    tokenize_.add_argument("--workers", type=int, metavar="N", help="default: one for each core")
-    tokenize_.add_argument(
+    added.add_argument("--kind", choices=("wordpiece", "bpe"), default="wordpiece")
+    added.add_argument("--length", type=int, default=128, metavar="L", help="of a window")
+    added.add_argument("--workers", type=int, metavar="N", help="default: one for each core")
+    added.add_argument(
         "--process", default="0/1", metavar="I/N", help="of N machines that share OUT, the I-th"
     )
-    show_ = command(show, "print the config, params, shardings and FLOPs of a recipe")
-    recipe(show_, help="a name or a .py file, or the directory of a run")
-    return root
 
 
 def mendable(error: Exception) -> bool:

@@ -138,7 +138,7 @@ def test_the_bar_shows_speed_and_loss_of_now(tmp_path, now, monkeypatch):
     shown, config, log = [], load(TINY, "batch_size=10", "log_every=100"), Log(tmp_path, 1000)
     monkeypatch.setattr(log, "progress", lambda step, text="", line=False: shown.append(text))
     watch = Watch(config, log, Checkpoints(tmp_path))
-    sound = {"grad_norm": jnp.float32(1), "param_norm": jnp.float32(1)}
+    sound = {"grad_norm": jnp.float32(1), "param_norm": jnp.float32(1), "dropped": jnp.zeros(1)}
     for step in range(1, 6):
         now[0] += 2.0
         watch.see(step, {"loss": jnp.float32(step), **sound}, {})
