@@ -205,7 +205,7 @@ def test_two_processes_are_one(eight, tmp_path, order, mesh):
     finally:
         stop(*both)
     assert [process.returncode for process in both] == [0, 0], said
-    assert [x for x in said[1].splitlines() if not re.search("Gloo|peer ranks", x)] == []
+    assert "loss" in said[0] and not re.search("step|loss|sslx|WARN", said[1])  # Gloo speaks there
     assert_close(path, eight)
     from sslx.recipes import load as recipe
 
