@@ -179,11 +179,10 @@ def fed_batch(config: Config, mesh: jax.sharding.Mesh) -> dict:
 def check_fed(batch: dict, expected: dict) -> None:
     """Raise ValueError for a batch that is not as the decoder declares: the step was compiled for
     that, and would be compiled again."""
-    shapes = [{k: f"{x.dtype}{list(x.shape)}" for k, x in of.items()} for of in (batch, expected)]
+    shapes = [{name: (x.dtype, x.shape) for name, x in of.items()} for of in (batch, expected)]
     if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"A batch is {shapes[0]}, but the pipeline's decoder declares {shapes[1]}."
-        )
+        made, declared = ({k: f"{d}{list(s)}" for k, (d, s) in of.items()} for of in shapes)
+        raise ValueError(f"A batch is {made}, but the pipeline's decoder declares {declared}.")
 
 
 def _raise(error: BaseException):

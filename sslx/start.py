@@ -12,7 +12,7 @@ import numpy as np
 
 from sslx import checkpoint
 from sslx.export import hf
-from sslx.ops.positions import extended
+from sslx.ops.positions import extended, rows
 from sslx.ops.trees import path_of
 from sslx.types import Array, Buffers, Params
 
@@ -98,14 +98,15 @@ class Start:
         if jax.dtypes.issubdtype(ours.dtype, jax.dtypes.prng_key):  # stored as plain numbers
             numbers = self.fitted(path, theirs, jax.random.key_data(ours))
             return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(ours))
-        if theirs.shape == ours.shape:
+        there, here = _size(path, theirs), _size(path, ours)
+        if there == here:
             return placed(theirs.astype(ours.dtype), ours.sharding)
         rules = [rule for pattern, rule in self.resize if re.fullmatch(pattern, path)]
         if not rules:
             raise ValueError(
-                f"{path} is {list(theirs.shape)} in {self.source} and {list(ours.shape)} in this "
-                f"run: build the model of that size, leave the branch out of names, or give a "
-                f"rule, resize=((pattern, rule), ...)."
+                f"{path} is {there} in {self.source} and {here} in this run: build the model of "
+                f"that size, leave the branch out of names, or give a rule, "
+                f"resize=((pattern, rule), ...)."
             )
         shape = jax.eval_shape(rules[0], theirs, ours).shape
         if shape != ours.shape:
@@ -113,7 +114,7 @@ class Start:
                 f"resize makes {path} {list(shape)} of {list(theirs.shape)} in {self.source}, but "
                 f"this run has {list(ours.shape)}: give another rule."
             )
-        log.info("%s: %s is resized from %s to %s", self.source, path, theirs.shape, ours.shape)
+        log.info("%s: %s is resized from %s to %s", self.source, path, there, here)
         whole = jax.sharding.NamedSharding(ours.sharding.mesh, jax.sharding.PartitionSpec())
         resized = jax.jit(rules[0], out_shardings=ours.sharding)
         return resized(placed(theirs.astype(ours.dtype), whole), ours)
@@ -125,6 +126,12 @@ class Start:
         for paths, what in ((missing, "lacks"), (unused, "has, beside what is used,")):
             if paths:
                 log.warning("%s %s %s", self.source, what, branches(dict.fromkeys(sorted(paths))))
+
+
+def _size(path: str, array: Array) -> list[int]:
+    """The shape of an array, of a table without the rows that padding appends to it."""
+    shape = list(array.shape)
+    return [int(jax.jit(rows)(array)), *shape[1:]] if path.endswith("/table") else shape
 
 
 def placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> Array:

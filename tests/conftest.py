@@ -1,6 +1,7 @@
 """Eight fake devices on the CPU, for every test; set before anything imports jax."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -17,6 +18,11 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300",
     ]
 )
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # others end at an unknown flag
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # half of a compilation
+# Threads of XLA's pool. With one for each device, two collectives of one device at a time leave
+# none for another device's, and all wait for ever.
+os.environ["NPROC"] = "32"
 # Every process of a session, workers and commands, compiles what another has not.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sslx-compiled-")

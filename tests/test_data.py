@@ -4,11 +4,14 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -188,6 +191,42 @@ def test_a_program_keeps_its_main_and_leaves_nothing_behind(small, tmp_path, clo
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "ran True program.py\n", "")
     assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_killed_worker_ends_the_batches(small):
+    """As the kernel does when memory runs out; what else it had to give is not waited for."""
+    with Pipeline(small, Image(8), workers=2).batches(0, 4) as batches:
+        next(batches)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(DataError, match=r"exit code -9.*data\.workers=1"):
+            while time.monotonic() - began < 60:
+                next(batches)
+    assert time.monotonic() - began < 20
+
+
+class Unpicklable(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+@dataclass(frozen=True)
+class Failing(Image):
+    """A decoder that raises what no queue carries, or leaves."""
+
+    error: str = ""
+
+    def __call__(self, record, rng):
+        raise SystemExit("left") if self.error == "exit" else Unpicklable("wrong", 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error, text", [("exit", "SystemExit: left"), ("x", "Unpicklable: wrong")])
+def test_an_exception_in_a_decoder_arrives_with_its_text(small, error, text, workers):
+    began = time.monotonic()
+    with pytest.raises(DataError, match=text):
+        take(Pipeline(small, Failing(8, error=error), workers=workers).batches(0, 4), 1)
+    assert time.monotonic() - began < 20
 
 
 # Random decoders and arrays

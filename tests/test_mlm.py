@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from commands import REPO
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 import sslx
@@ -28,7 +29,7 @@ from sslx.evals.features import extract
 from sslx.evals.text import Perplexity, fill
 from sslx.export import hf
 from sslx.export.card import About
-from sslx.models import layers
+from sslx.models import layers, text
 from sslx.models.encoder import encoder as encoder_of
 from sslx.models.text import BERT_FORM, ROBERTA_FORM, MaskedLM, TextEncoder
 from sslx.objectives.mlm import MLM, Masking
@@ -36,7 +37,7 @@ from sslx.ops import masks
 from sslx.ops.losses import masked_cross_entropy
 from sslx.optim import BERTAdam
 from sslx.schedules import Polynomial, Warmup
-from sslx.sharding import Mesh, batch_sharding
+from sslx.sharding import Mesh, batch_sharding, shardings
 from sslx.views import Chain, Views
 from sslx.vocabulary import BERT as GOOGLE
 from sslx.vocabulary import Continuations, Vocabulary
@@ -123,6 +124,53 @@ def difference(a, b):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert a.shape == b.shape
     return np.abs(a - b).max() / np.abs(b).max()
+
+
+# ---- a vocabulary that is padded ----
+
+
+def test_a_padded_vocabulary_computes_what_the_words_alone_do(monkeypatch, exact):
+    """97 words have 128 rows; the loss and its gradients are those of 97 rows, and those of the
+    rows behind are zero, as they are drawn: no norm, decay or clip sees them."""
+    objective = MLM(MaskedLM(BERT), Masking(0.5, most=10))
+    tokens, segments = windows(WORDS)
+    batch = {"tokens": jnp.asarray(tokens), "segments": jnp.asarray(segments)}
+
+    step = jnp.int32(0)
+
+    def measure(params):
+        loss = lambda params: objective.loss(params, {}, batch, jax.random.key(3), step)  # noqa: E731
+        (loss, (_, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return loss, metrics, grads
+
+    params = nn.unbox(objective.init(jax.random.key(0), batch)[0])
+    padded = {("encoder", "word", "table"), ("head", "bias")}
+    flat = flatten_dict(params)
+    assert {path for path, x in flat.items() if x.shape[0] == 128} == padded
+    assert not any(flat[path][97:].any() for path in padded)
+    alone = unflatten_dict({p: x[:97] if p in padded else x for p, x in flat.items()})
+    loss, metrics, grads = measure(params)
+    for module in (layers, text):
+        monkeypatch.setattr(module, "padded", lambda words: words)
+    expected_loss, expected_metrics, expected = measure(alone)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    assert metrics == expected_metrics
+    expected = flatten_dict(expected)
+    for path, grad in flatten_dict(grads).items():
+        if path in padded:
+            assert not grad[97:].any()
+            grad = grad[:97]
+        assert difference(grad, expected[path]) < 1e-5, path
+
+
+def test_a_padded_vocabulary_is_cut_over_tensor(caplog):
+    objective = MLM(MaskedLM(BERT))
+    batch = {name: jax.ShapeDtypeStruct((8, 8), jnp.int32) for name in ("tokens", "segments")}
+    abstract = jax.eval_shape(objective.init, jax.random.key(0), batch)[0]
+    placed = shardings(abstract, Mesh(fsdp=2, tensor=4).build())
+    assert placed["encoder"]["word"]["table"].spec == P(("tensor",), ("fsdp",))
+    assert placed["head"]["bias"].spec == P(("tensor",))
+    assert "divide" not in caplog.text
 
 
 # ---- against transformers ----

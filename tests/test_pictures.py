@@ -274,6 +274,16 @@ def test_pictures_a_folder_deeper_are_pointed_at(tmp_path):
         uris.open_uri(f"folder:{tmp_path}/none")
 
 
+def test_classes_whose_pictures_all_lie_in_one_folder_below_are_read(tmp_path, caplog):
+    """CLASS/images/*.JPEG beside CLASS/boxes.txt, as Tiny ImageNet comes."""
+    for i, name in enumerate(("n01", "n02", "n03")):
+        put(tmp_path / name / "images/0.JPEG", i, "JPEG")
+        (tmp_path / name / "boxes.txt").touch()
+    source = uris.open_uri(f"folder:{tmp_path}")
+    assert [source[i]["label"] for i in range(len(source))] == [0, 1, 2]
+    assert "such as n01/images, and are of the class above them" in caplog.text
+
+
 def test_what_is_no_file_is_no_picture(tmp_path, caplog):
     """A link that leads nowhere, to itself, to a folder or to a pipe is a record that is corrupt;
     a pipe, a socket and a folder are none. Nothing waits for a pipe."""

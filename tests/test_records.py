@@ -18,6 +18,7 @@ from sslx.data.formats.arrayrecord import write_arrayrecord
 from sslx.data.image import Image
 from sslx.data.load import Load
 from sslx.data.order import Once
+from sslx.data.part import Part
 from sslx.data.pipeline import Pipeline
 from sslx.data.source import DataError, Source
 
@@ -336,8 +337,9 @@ def test_a_file_that_was_written_anew_is_read_anew(tmp_path):
         assert uris.open_uri(f"arrayrecord:{path}")[0]["image"] == image
 
 
+@pytest.mark.parametrize("part", [False, True])
 @pytest.mark.parametrize("kind", ["folder", "parquet", "arrayrecord"])
-def test_workers_see_what_was_listed_once(tmp_path, kind):
+def test_workers_see_what_was_listed_once(tmp_path, kind, part):
     """A file that comes later would shift the records of those that list anew, and of no other."""
     rows = uris.open_uri(write(tmp_path / "all"))
     suffix = {"folder": "png", "parquet": "parquet", "arrayrecord": "array_record"}[kind]
@@ -353,14 +355,15 @@ def test_workers_see_what_was_listed_once(tmp_path, kind):
 
     add("m")
     glob = "" if kind == "folder" else "/*"
-    pipeline = Pipeline(f"{kind}:{tmp_path}/{kind}{glob}", Image(8), workers=0)
+    uri = f"{kind}:{tmp_path}/{kind}{glob}"
+    pipeline = Pipeline(Part(uri, 2) if part else uri, Image(8), workers=0)
     count = len(pipeline)
     sources = (pipeline.mixture[0][0],)
     load = Load(sources, Image(8), False, 0.0, Once(0, count), (range(count),))
     add("a")
     worker, anew = (pickle.loads(pickle.dumps(x)) for x in (load, load.sources[0]))
     assert worker == load and len(worker.sources[0]) == count
-    assert len(anew) == 2 * count
+    assert len(anew) > count or len(rows) == count == 1
 
 
 # ---- globs ----

@@ -452,3 +452,18 @@ def test_feed_places_batches_by_the_law_and_ends():
                 assert x.sharding.is_equivalent_to(batch_sharding(mesh), 4)
                 assert np.array_equal(x, next(expected)["image"])
         assert dropped == {}
+
+
+def test_what_fails_in_the_feeding_thread_is_raised_by_the_loop(monkeypatch):
+    config, mesh = pictures(1), mesh_of(1, 8, 1)
+
+    def placed(*args):
+        raise OSError("the device is gone")
+
+    monkeypatch.setattr(engine, "placed", placed)
+    with (
+        jax.set_mesh(mesh),
+        engine.feed(config, mesh, 0) as (batches, _),
+        pytest.raises(OSError, match="the device is gone"),
+    ):
+        next(batches)

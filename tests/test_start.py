@@ -16,13 +16,16 @@ from sslx import state
 from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.data.image import Image
 from sslx.export import hf
+from sslx.models.text import MaskedLM, TextEncoder
 from sslx.models.vit import ViT
 from sslx.objectives.mae import MAE, Decoder
+from sslx.objectives.mlm import MLM
 from sslx.ops.positions import antialiased, extended, interpolated, interpolated_by_scale
 from sslx.optim import AdamW
 from sslx.schedules import Constant
 from sslx.start import Start
 from sslx.views import mae
+from sslx.vocabulary import Vocabulary
 
 OBJECTIVE = MAE(ViT(16, 2, 2, patch=2), Decoder(16, 1, 2))
 
@@ -215,9 +218,38 @@ def test_the_first_rule_that_matches_resizes():
 
 
 def test_a_longer_table_keeps_its_rows():
-    table, fresh = jnp.ones((3, 2)), jnp.zeros((5, 2))
-    np.testing.assert_array_equal(extended(table, fresh)[:, 0], [1, 1, 1, 0, 0])
-    np.testing.assert_array_equal(extended(fresh, table)[:, 0], [0, 0, 0])
+    table, fresh = jnp.ones((3, 2)), jnp.full((5, 2), 2.0)
+    np.testing.assert_array_equal(extended(table, fresh)[:, 0], [1, 1, 1, 2, 2])
+    np.testing.assert_array_equal(extended(fresh, table)[:, 0], [2, 2, 2])
+
+
+# ---- tables of words ----
+
+
+def words_of(size, **fields):
+    """A config of BERT with `size` words, whose table has 128 rows up to 128 of them."""
+    words = Vocabulary(size)
+    encoder = TextEncoder(words, 8, 1, 2, length=16)
+    tokens = np.random.default_rng(0).integers(5, size, (32, 16)).astype(np.int32)
+    return replace(
+        config_of(objective=MLM(MaskedLM(encoder)), **fields),
+        data=sslx.Pipeline(sslx.arrays(tokens=tokens, segments=np.ones_like(tokens))),
+        views=sslx.Views(),
+    )
+
+
+def test_other_vocabularies_of_one_padded_size_are_told_apart(tmp_path):
+    run, table = sslx.fit(words_of(90), tmp_path / "run"), "encoder/word/table"
+    taken_as_it_is = params_of(words_of(90, start=str(run.path)))[table]
+    np.testing.assert_array_equal(taken_as_it_is, taken(run)[table])
+    assert not taken_as_it_is[90:].any()
+    with pytest.raises(ValueError, match=r"word/table is \[90, 8\] in .* and \[93, 8\] in this"):
+        params_of(words_of(93, start=str(run.path)))
+    start = Start(run.path, resize=((".*/table", extended),))
+    fresh, longer = params_of(words_of(93))[table], params_of(words_of(93, start=start))[table]
+    np.testing.assert_array_equal(longer[:90], taken_as_it_is[:90])
+    np.testing.assert_array_equal(longer[90:], fresh[90:])
+    assert fresh[90:93].all() and not fresh[93:].any()
 
 
 @pytest.mark.parametrize(("before", "after"), [(37, 16), (16, 37), (5, 5), (3, 8)])

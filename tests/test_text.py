@@ -443,6 +443,24 @@ def test_text_is_tokenized_as_it_is_read(tmp_path, done):
     )
 
 
+def test_a_class_label_names_the_numbers_of_text(tmp_path, done):
+    """As datasets writes it; files that name other classes are no one set."""
+
+    def write(name, names):
+        label = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = pa.table({"text": ["the cat", "a mat"], "label": [1, 0]})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(label)})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+
+    write("a", ["bad", "good"])
+    source = uri.text(f"{tmp_path}/*.parquet", done)
+    assert source.classes == ["bad", "good"]
+    assert [source[i]["label"] for i in range(2)] == [1, 0]
+    write("b", ["good", "bad"])
+    with pytest.raises(DataError, match="name other classes"):
+        _ = uri.text(f"{tmp_path}/*.parquet", done).classes
+
+
 # The text that ships with Python
 
 

@@ -54,7 +54,7 @@ class Load:
         """Workers list and count nothing again, and so see the same records as each other."""
         vars(self).update(state[0])
         for source, known in zip(self.sources, state[1], strict=True):
-            vars(source).update(known)
+            source.adopt(known)
 
     @cached_property
     def ends(self) -> list[int]:
@@ -125,7 +125,7 @@ class Load:
                 example = patiently(source, at, self.decoded, record, place)
             except DataError:
                 raise
-            except Exception as error:  # decoders raise what they like: SyntaxError, struct.error
+            except (Exception, SystemExit) as error:  # decoders raise what they like: SyntaxError
                 name = record["name"] if record else f"{source}#{at}"
                 names[name] = f"{type(error).__name__}: {error}"
                 continue

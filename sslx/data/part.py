@@ -3,6 +3,7 @@
 import functools
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -87,6 +88,12 @@ class Part(Source):
     def resident(self) -> bool:
         return self.whole.resident
 
+    def listings(self) -> dict[str, Any]:
+        return self.whole.listings()
+
+    def adopt(self, listings: dict[str, Any]) -> None:
+        self.whole.adopt(listings)
+
     def check(self) -> None:
         self.whole.check()
         super().check()
@@ -107,6 +114,14 @@ def train_and_test(
         return data, test or published[1]
     _say(data)
     return Part(data, HELD_OUT, rest=True), Part(data, HELD_OUT)
+
+
+def count(data: str | Source, published: tuple[str, str], known: int) -> int:
+    """The records of a recipe's training set: the `known` ones of the published, which may be far
+    away, or those that other data hold now."""
+    if data == published[0]:
+        return known
+    return len(open_uri(data) if isinstance(data, str) else data)
 
 
 @functools.cache  # a recipe is loaded more than once

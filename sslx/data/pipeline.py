@@ -248,9 +248,9 @@ class Batches(Iterator[Batch]):
         if not self.close.alive:
             raise DataError("these batches were closed; ask the pipeline for new ones")
         with contextlib.nullcontext() if self.started else spawning():
-            pieces = [next(self.elements[0])]
+            pieces = [following(self.elements[0])]
         self.started = True
-        pieces += [next(self.elements[0]) for _ in range(1, self.pieces)]
+        pieces += [following(self.elements[0]) for _ in range(1, self.pieces)]
         for name, reason in (pair for piece in pieces for pair in piece.pop("names")):
             if name not in self.dropped:
                 log.warning("dropped %s, which cannot be decoded: %s", name, reason)
@@ -273,6 +273,19 @@ class Batches(Iterator[Batch]):
 
     def __exit__(self, *exception):
         self.close()
+
+
+def following(elements: Iterator) -> dict:
+    """The next of a Grain iterator; raises DataError where a worker has ended."""
+    try:
+        return next(elements)
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise DataError(
+            f"a process that reads data is gone ({str(error).split('. ')[0]}); -9 is the kernel's "
+            "when memory runs out: take fewer of them, data.workers=1, or none, data.workers=0"
+        ) from error
 
 
 def end(elements: list) -> None:

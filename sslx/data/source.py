@@ -112,8 +112,12 @@ class Source(abc.ABC):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def listings(self) -> dict[str, Any]:
-        """What was listed and counted so far: `vars(copy).update` spares a copy doing it again."""
+        """What was listed and counted so far: `adopt` spares a copy doing it again."""
         return {name: vars(self)[name] for name in self.listed if name in vars(self)}
+
+    def adopt(self, listings: dict[str, Any]) -> None:
+        """Take the listings of another copy for one's own."""
+        vars(self).update(listings)
 
 
 def place(ends: list[int], index: int) -> tuple[int, int]:

@@ -6,7 +6,8 @@ the layers, which we stack for the scan, `{t}` is query, key, value. The letters
 
 l layers   d width   h heads   e width of a head   t query, key, value   m hidden width of the MLP
 k width of the encoder that a decoder reads   p q rows, columns of a patch   c channels
-v words   s positions   z types of tokens   x y of a single token: 1
+v words, behind which our arrays have rows to spare   s positions   z types of tokens
+x y of a single token: 1
 """
 
 import itertools
@@ -17,6 +18,7 @@ import einops
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sslx.models.layers import padded
 from sslx.types import Tree
 
 Table = tuple[tuple[str, str, str], ...]
@@ -50,7 +52,10 @@ def named_arrays(table: Table, params: Tree, sizes: Mapping[str, int]) -> dict[s
         )
     arrays = {}
     for path, name, how in table:
-        array = _rearrange(np.asarray(flat[path], np.float32), how, sizes, path)
+        array = np.asarray(flat[path], np.float32)
+        if how[0] == "v":
+            array = array[: sizes["v"]]
+        array = _rearrange(array, how, sizes, path)
         array = array.reshape(-1, *array.shape[name.count("{") :])
         arrays |= dict(zip(names(name, sizes), array, strict=True))
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -73,7 +78,10 @@ def params_of(table: Table, arrays: Mapping, sizes: Mapping[str, int]) -> Tree:
         array = np.stack(stack)
         spread = [len(WORDS.get(axis, ())) or sizes[axis] for axis in axes(name)]
         array = array.reshape((*spread, *array.shape[1:]))
-        flat[path] = _rearrange(array, f"{theirs} -> {ours}", sizes, name)
+        array = _rearrange(array, f"{theirs} -> {ours}", sizes, name)
+        if how[0] == "v":
+            array = np.pad(array, [(0, padded(len(array)) - len(array)), (0, 0)][: array.ndim])
+        flat[path] = array
     return unflatten_dict(flat, sep="/")
 
 

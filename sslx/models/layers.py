@@ -99,18 +99,33 @@ class Dense(nn.Module):
         return y + bias.astype(self.dtype)
 
 
+def padded(words: int) -> int:
+    """The rows of a vocabulary's arrays: the next multiple of 128, which a tensor axis divides."""
+    return -(-words // 128) * 128
+
+
 class Table(nn.Module):
-    """One vector for each of `rows` ids: looked up, or what a vector is compared with."""
+    """One vector for each of `rows` ids: looked up, or what a vector is compared with.
+
+    Behind them stand `spare` rows of zeros that no id looks up. Their logits are -inf, so that
+    their gradients are zero and they count for no norm.
+    """
 
     rows: int
     features: int
     axes: tuple[str | None, str | None] = (None, "embed")
+    spare: int = 0
     init: Init = Normal(0.02)
     dtype: DTypeLike = jnp.float32
 
     def setup(self):
-        init = nn.with_logical_partitioning(self.init, self.axes)
-        self.table = self.param("table", init, (self.rows, self.features), jnp.float32)
+        def init(key: Array, shape: Sequence[int], dtype: DTypeLike) -> Array:
+            drawn = self.init(key, (self.rows, self.features), dtype)
+            return jnp.pad(drawn, ((0, self.spare), (0, 0)))
+
+        shape = (self.rows + self.spare, self.features)
+        named = nn.with_logical_partitioning(init, self.axes)
+        self.table = self.param("table", named, shape, jnp.float32)
 
     def whole(self, dtype: DTypeLike) -> Float[Array, "V D"]:
         """The table gathered along fsdp, as in Dense."""
@@ -124,7 +139,8 @@ class Table(nn.Module):
     def compare(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Inner products with every row, in float32: logits, where weights are tied."""
         table = self.whole(self.dtype)
-        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        y = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        return jnp.where(jnp.arange(len(table)) < self.rows, y, -jnp.inf) if self.spare else y
 
 
 class LayerNorm(nn.Module):

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from sslx.models.encoder import Floor, Signature
-from sslx.models.layers import Dense, Gelu, LayerNorm, Normal, Table
+from sslx.models.layers import Dense, Gelu, LayerNorm, Normal, Table, padded
 from sslx.models.transformer import Form, Remat, Transformer
 from sslx.sharding import constrain
 from sslx.types import Array
@@ -106,7 +106,9 @@ class TextEncoder(nn.Module):
     def setup(self):
         form, rows = self.form, self.length + self.offset
         fields = {"init": form.init, "dtype": self.dtype}
-        self.word = Table(self.vocabulary.size, self.width, ("vocab", "embed"), **fields)
+        words = self.vocabulary.size
+        spare = padded(words) - words
+        self.word = Table(words, self.width, ("vocab", "embed"), spare, **fields)
         self.position = Table(rows, self.width, **fields)
         self.type = Table(self.types, self.width, **fields)
         self.norm = LayerNorm(form.epsilon, self.dtype)
@@ -153,7 +155,8 @@ class TextEncoder(nn.Module):
 class LMHead(nn.Module):
     """Tokens [..., D] -> float32 logits [..., V]: dense, GELU, norm, then `compare`, and a bias.
 
-    `compare` gives the inner products with the encoder's own word vectors.
+    `compare` gives the inner products with the encoder's own word vectors, -inf from V = `words`
+    on, where both are padded.
     """
 
     words: int
@@ -170,7 +173,7 @@ class LMHead(nn.Module):
         x = jax.nn.gelu(x, approximate=self.gelu == "tanh")
         x = LayerNorm(form.epsilon, self.dtype, name="norm")(x)
         named = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
-        return compare(x) + self.param("bias", named, (self.words,), jnp.float32)
+        return compare(x) + self.param("bias", named, (padded(self.words),), jnp.float32)
 
 
 class MaskedLM(nn.Module):

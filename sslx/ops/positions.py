@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from sslx.types import Array
 
@@ -34,9 +34,17 @@ def sincos_2d(rows: int, columns: int, width: int) -> Float[np.ndarray, "N D"]:
 def extended(table: Float[Array, "N D"], fresh: Float[Array, "M D"]) -> Float[Array, "M D"]:
     """A learned table with `fresh`'s number of rows: its own as far as they go, then fresh ones.
 
-    For text, whose positions count from the start of a window (BERT, from windows of 128 to 512).
+    For text, whose positions count from the start of a window (BERT, from windows of 128 to 512),
+    and for words that were added behind a vocabulary.
     """
-    return jnp.concatenate([table[: len(fresh)], fresh[len(table) :]])
+    own = table[: len(fresh)]
+    taken = jnp.arange(len(own))[:, None] < rows(table)
+    return jnp.concatenate([jnp.where(taken, own, fresh[: len(own)]), fresh[len(own) :]])
+
+
+def rows(table: Float[Array, "N D"]) -> Int[Array, ""]:
+    """The rows of a table without the zeros at its end, which a padded vocabulary has."""
+    return jnp.max((jnp.arange(len(table)) + 1) * table.astype(bool).any(1), initial=0)
 
 
 def interpolated(table: Float[Array, "N D"], fresh: Float[Array, "M D"]) -> Float[Array, "M D"]:

@@ -64,7 +64,9 @@ class Folder(Source):
                 f"{root} holds no pictures and no class folders of {sorted(EXTENSIONS)}"
                 f"{other and f', only {other}'}"
             )
-        if inside and not any(leaves[0].pictures for _, leaves in classes):
+        deep = not any(leaves[0].pictures for _, leaves in classes)
+        alike = len(classes) > 1 and len({os.path.basename(x.path) for x in inside}) == 1
+        if inside and deep and not alike:  # alike: CLASS/images/*.JPEG, as in Tiny ImageNet
             deep = os.path.dirname(inside[0].path)
             raise DataError(
                 f"{root} holds no class folders: pictures lie deeper, in {inside[0].path}; "

@@ -8,9 +8,10 @@ from operator import index
 
 import numpy as np
 
+from sslx.data.formats.parquet import class_names
 from sslx.data.source import RESIDENT, DataError, Record, Source
 from sslx.data.text.corpus import Tally, fault, plain, rows
-from sslx.data.text.files import PLAIN, files, partition, suffix
+from sslx.data.text.files import PLAIN, files, parquet_file, partition, suffix
 from sslx.data.text.tokenizers import tokenizer, vocabulary, warn_of_unknown
 from sslx.data.text.windows import same_vocabulary, width
 from sslx.vocabulary import Vocabulary
@@ -68,14 +69,32 @@ class Text(Source):
         return documents
 
     @functools.cached_property
-    def classes(self) -> list[str]:
-        """The words that are labels, whose numbers are their places; none if labels are numbers."""
+    def words(self) -> list[str]:
+        """The words that are labels, whose numbers are their places."""
         return sorted({x for row in self.read if isinstance(x := row.get("label"), str)})
+
+    @functools.cached_property
+    def classes(self) -> list[str]:
+        """Words that are labels, or what a ClassLabel of Parquet files calls the numbers; raises
+        DataError where two files differ."""
+        if self.words:
+            return self.words
+        known: dict[str, list[str]] = {}
+        for path in {row["name"].rpartition("#")[0] for row in self.read}:
+            if suffix(path) == ".parquet":
+                with parquet_file(path) as file:
+                    known[path] = class_names(file.schema_arrow.metadata or {})
+        if len(set(map(tuple, known.values()))) > 1:
+            raise DataError(
+                f"{self.glob}: its files name other classes: {known}; write them alike, or make "
+                "each kind a source of its own"
+            )
+        return next(iter(known.values()), [])
 
     @functools.cached_property
     def documents(self) -> list[Record]:
         """The documents with labels from 0, and without one where it is null or below 0."""
-        documents, numbers = [], {word: k for k, word in enumerate(self.classes)}
+        documents, numbers = [], {word: k for k, word in enumerate(self.words)}
         for row in self.read:
             label, row = row.get("label"), {name: row[name] for name in ("text", "name")}
             try:
