@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from contract import ROWS, config_of, mesh_of
+from contract import ROWS, config_of, mesh_of, one_step
 from flax.traverse_util import flatten_dict
 from test_optim import PLAIN, RATE, STEPS, drawn, followed, gradients, length, loop, nested, same
 
@@ -169,21 +169,18 @@ def test_layer_wise_decay_of_a_vit():
     """MAE's lr_decay.py on the params of a real ViT: 0 is the embedding, depth + 1 what follows."""
     config = config_of(ROWS["MAE"])
     mesh, depth, share = mesh_of(1, 1, 1), config.objective.encoder.depth, 0.65
-    rate = Constant(1e-2)
-    plain = config_of(ROWS["MAE"], optimizer=SGD(rate, 0.0))
-    groups = (Group("decoder/.*", plain.optimizer),)
-    wise = replace(plain, optimizer=Grouped(LayerWise(plain.optimizer, share), groups))
-    batch = ROWS["MAE"].batch(0)
+    plain = SGD(Constant(1e-2), 0.0)
+    wise = Grouped(LayerWise(plain, share), (Group("decoder/.*", plain),))
+    config = replace(config, optimizer=wise)
     with jax.set_mesh(mesh):
-        before = jax.device_get(state.fresh_state(plain, mesh).params)
-        after = [
-            jax.device_get(engine.jitted_step(c, mesh)(state.fresh_state(c, mesh), batch)[0].params)
-            for c in (plain, wise)
-        ]
-    before, one, other = (flatten_dict(tree, sep="/") for tree in (before, *after))
+        step, fresh = engine.jitted_step(config, mesh), state.fresh_state(config, mesh)
+        after = jax.device_get(step(fresh, ROWS["MAE"].batch(0))[0].params)
+    before, recorded, _ = one_step("MAE", 1, 1, 1)  # whose optimizer's state is the gradient
+    trees = (before.params, recorded.opt_state, after)
+    before, grads, after = (flatten_dict(tree, sep="/") for tree in trees)
     seen = set()
     for path, x in before.items():
-        moved, scaled = one[path].astype(np.float64) - x, other[path].astype(np.float64) - x
+        moved, scaled = -1e-2 * np.asarray(grads[path], np.float64), np.float64(after[path]) - x
         if path.startswith("encoder/transformer/blocks/"):
             ids = np.arange(depth) + 1.0
             factor = (share ** (depth + 1 - ids)).reshape(-1, *[1] * (x.ndim - 1))

@@ -21,6 +21,7 @@ from contract import (
     one_step,
     one_view,
     placed,
+    recorded,
 )
 from half import half, losses
 
@@ -31,7 +32,10 @@ from sslx.ops.trees import path_of
 from sslx.views import Views
 
 every_row = pytest.mark.parametrize("name", ROWS)
-SPLITS = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
+# All on two meshes, one on all: another mesh is another compilation.
+SPLITS = [(name, shape) for name in ROWS for shape in ((1, 8, 1), (2, 2, 2))]
+SPLITS += [("MAE", (8, 1, 1)), ("MLM", (1, 2, 4))]
+every_split = pytest.mark.parametrize("name, shape", SPLITS, ids=str)
 
 
 def abstract(row: Row):
@@ -136,8 +140,7 @@ def test_05_loss_falls_on_a_fixed_batch(name):
     assert np.mean(losses[-5:]) < row.falls * losses[0]
 
 
-@every_row
-@pytest.mark.parametrize("shape", SPLITS, ids=str)
+@every_split
 def test_06_eight_devices_agree_with_one(name, shape):
     start, here, said = one_step(name, *shape)
     alone, there, expected = one_step(name, 1, 1, 1)
@@ -152,8 +155,7 @@ def test_06_eight_devices_agree_with_one(name, shape):
     assert worst(here.params, start.params) > 1e-4  # and it did move
 
 
-@every_row
-@pytest.mark.parametrize("shape", SPLITS, ids=str)
+@every_split
 def test_06_params_are_cut(name, shape):
     """What a device holds of params and moments is what the rules say, and far from all."""
     _, state, _ = one_step(name, *shape)
@@ -232,42 +234,36 @@ def test_11_half_precision_keeps_what_matters_in_float32(name):
         with mesh:
             assert losses(jax.make_jaxpr(row.objective.loss)(*abstract(row))) == []
 
-    def gradient(row, change):
+    def gradient(objective, change=lambda x: x):
         """(loss, gradient) of the first step on params that `change` has rounded."""
-        config, mesh = config_of(row, optimizer=Record()), mesh_of(1, 1, 1)
-        state = state_of.fresh_state(config, mesh)
-        state = replace(state, params=jax.tree.map(change, state.params))
-        with jax.set_mesh(mesh):
-            after, said = engine.jitted_step(config, mesh)(state, placed(row.batch(0), mesh))
+        step, state = recorded(name, 1, 1, 1, objective=objective)
+        after, said = step(replace(state, params=jax.tree.map(change, state.params)))
         return jax.device_get((said["loss"], after.opt_state))
 
     def apart(grads):
         return optax.tree.norm(jax.tree.map(np.subtract, grads, exact)) / optax.tree.norm(exact)
 
-    loss, exact = gradient(ROWS[name], lambda x: x)
-    rough, grads = gradient(row, lambda x: x)
+    loss, exact = gradient(None)
+    rough, grads = gradient(row.objective)
     assert relative(rough, loss) < 2e-2
     # Params, activations and gradients are rounded; BatchNorm over 16 examples makes that large.
-    _, rounded = gradient(ROWS[name], lambda x: x.astype(jnp.bfloat16).astype(x.dtype))
+    _, rounded = gradient(None, lambda x: x.astype(jnp.bfloat16).astype(x.dtype))
     assert apart(grads) < max(2e-2, 3 * apart(rounded))
 
 
 @every_row
-@pytest.mark.parametrize("parts", [2, 4])
-def test_12_accumulated_is_the_whole_batch_or_refused(name, parts):
+def test_12_accumulated_is_the_whole_batch_or_refused(name):
     """Where masks do not depend on chance, loss, gradient and buffers are those of one batch."""
-    row, mesh, results = ROWS[name], mesh_of(1, 4, 1), []
+    row, shape, results = ROWS[name], (1, 4, 1), []
     fixed = [r.objective for r in row.reorders.values() if r.objective]
     row = replace(row, objective=(fixed or [row.objective])[0])
     if row.objective.coupling(one_step(name, 1, 1, 1)[0].buffers):
         with pytest.raises(ConfigError, match=r"accumulate=2 would change the loss.*or use accum"):
-            state_of.abstract_state(config_of(row, accumulate=2), mesh)
+            state_of.abstract_state(config_of(row, accumulate=2), mesh_of(*shape))
         return
-    with jax.set_mesh(mesh):
-        for accumulate in (1, parts):
-            config = config_of(row, optimizer=Record(), accumulate=accumulate)
-            state, batch = state_of.fresh_state(config, mesh), placed(row.batch(0), mesh)
-            results.append(engine.jitted_step(config, mesh)(state, batch))
+    for accumulate in (1, 2):
+        step, state = recorded(name, *shape, objective=row.objective, accumulate=accumulate)
+        results.append(step(state))
     (whole, one), (summed, many) = results
     assert relative(many["loss"], one["loss"]) < 1e-6
     assert worst(moving(name, summed.opt_state), moving(name, whole.opt_state)) < 1e-5

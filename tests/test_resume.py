@@ -84,18 +84,18 @@ def _named(tree):
     return ((path_of(keys), x) for keys, x in jax.tree_util.tree_leaves_with_path(tree))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_and_resumed_is_bitwise_the_run_in_one_go(whole, killed, tmp_path, workers):
+def test_killed_and_resumed_is_bitwise_the_run_in_one_go(whole, killed, tmp_path):
     path = shutil.copytree(killed, tmp_path / "run")
-    run("train", TINY, f"data.workers={workers}", "--workdir", path)
+    run("train", TINY, "data.workers=2", "--workdir", path)
     assert end(path) == end(whole)
     assert losses(path) == losses(whole)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "tensor=2", "replica=4"])
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)], ids=str)
 def test_resumed_on_another_mesh(whole, killed, tmp_path, mesh):
     path = shutil.copytree(killed, tmp_path / "run")
-    assert main(["train", str(path), f"mesh.{mesh}"]) == 0
+    sizes = zip(("replica", "fsdp", "tensor"), mesh, strict=True)
+    assert main(["train", str(path), *(f"mesh.{axis}={size}" for axis, size in sizes)]) == 0
     assert_close(path, whole)
 
 
@@ -119,8 +119,7 @@ def test_no_worker_outlives_a_kill(tmp_path):
 # ---- signals ----
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum, workers", [(signal.SIGTERM, 2), (signal.SIGINT, 0)])
 def test_a_signal_to_the_group_saves_and_ends(whole, tmp_path, signum, workers):
     path, hold = tmp_path / "run", tmp_path / "hold"
     hold.touch()
@@ -194,12 +193,10 @@ def two(*args, **env):
     return [start(*args, devices=4, code=TWO, JAX_PROCESS_ID=i, **join, **env) for i in (0, 1)]
 
 
-@pytest.mark.parametrize("order, mesh", [("04152637", "mesh.fsdp=8"), ("", "mesh.tensor=8")])
-def test_two_processes_are_one(eight, tmp_path, order, mesh):
-    """Devices of both by turns in the batch's axis, and a tensor axis that crosses from one to the
-    other, so that both hold, and read, all rows."""
+def test_two_processes_are_one(eight, tmp_path):
+    """A tensor axis crosses from one to the other, so that both hold, and read, all rows."""
     path, batches = tmp_path / "run", tmp_path / "batches.npy"
-    both = two("train", TINY, mesh, "--workdir", path, batches, ORDER=order)
+    both = two("train", TINY, "mesh.tensor=8", "--workdir", path, batches)
     try:
         said = [process.communicate(timeout=PATIENCE)[0] for process in both]
     finally:
@@ -247,9 +244,11 @@ def digits_of_which_some_are_corrupt(tmp_path):
 
 
 def test_two_processes_stop_together_and_one_goes_on(eight, tmp_path):
+    """And what they did, devices of both by turns in the batch's axis, is what one would have."""
     path, hold = tmp_path / "run", tmp_path / "hold"
     hold.touch()
-    both = two("train", TINY, "--workdir", path, "-", HELD_AFTER=HELD_AFTER, HELD=hold)
+    env = {"HELD_AFTER": HELD_AFTER, "HELD": hold, "ORDER": "04152637"}
+    both = two("train", TINY, "--workdir", path, "-", **env)
     try:
         held(both[0], path)
         both[1].send_signal(signal.SIGINT)  # to one host, which hands it on as SIGTERM, a notice

@@ -27,7 +27,7 @@ from sslx.start import Start
 from sslx.views import mae
 from sslx.vocabulary import Vocabulary
 
-OBJECTIVE = MAE(ViT(16, 2, 2, patch=2), Decoder(16, 1, 2))
+OBJECTIVE = MAE(ViT(16, 2, 2, patch=2, remat="none"), Decoder(16, 1, 2, remat="none"))
 
 
 def config_of(side=8, objective=OBJECTIVE, start=None, steps=3):
@@ -229,7 +229,7 @@ def test_a_longer_table_keeps_its_rows():
 def words_of(size, **fields):
     """A config of BERT with `size` words, whose table has 128 rows up to 128 of them."""
     words = Vocabulary(size)
-    encoder = TextEncoder(words, 8, 1, 2, length=16)
+    encoder = TextEncoder(words, 8, 1, 2, length=16, remat="none")
     tokens = np.random.default_rng(0).integers(5, size, (32, 16)).astype(np.int32)
     return replace(
         config_of(objective=MLM(MaskedLM(encoder)), **fields),

@@ -681,7 +681,7 @@ def test_large_or_wrongly_labelled_text_is_refused(tmp_path, done, monkeypatch, 
 
 @pytest.mark.slow
 def test_memory_is_flat(tmp_path, done):
-    """Four times the text, here one document, takes the same peak within a twentieth.
+    """More than twice the text, here one document, takes the same peak within a twentieth.
 
     (The allocator fills up in the first 8 MB: measured at 2, 8, 20 and 60 MB, 81, 87, 88, 89 MB.)
     """
@@ -691,7 +691,7 @@ def test_memory_is_flat(tmp_path, done):
         "print(*re.findall(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read()))"
     )
     peaks = {}
-    for count in (8, 32):
+    for count in (8, 20):
         path = tmp_path / f"{count}.txt"
         with path.open("w") as file:
             for _ in range(count * 1000):
@@ -700,4 +700,4 @@ def test_memory_is_flat(tmp_path, done):
         command = [sys.executable, "-c", code, path, tmp_path / f"out{count}", done]
         run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         peaks[count] = int(run.stdout)
-    assert peaks[32] < 1.05 * peaks[8], peaks
+    assert peaks[20] < 1.05 * peaks[8], peaks

@@ -59,7 +59,9 @@ def config(
     decode = Image(size, channels=channels)
     sets = (Pipeline(f"digits:{split}", decode) for split in ("train", "test"))
     return Config(
-        objective=Poisoned(ViT(16, 1, 2, patch=2), Decoder(16, 1, 2), poison=poison),
+        objective=Poisoned(
+            ViT(16, 1, 2, patch=2, remat="none"), Decoder(16, 1, 2, remat="none"), poison=poison
+        ),
         data=Pipeline(data or Held("train"), decode, max_corrupt=0.1),
         views=mae(size, statistics=((0.3,), (0.37,))),
         optimizer=AdamW(Constant(1e-3), weight_decay=0.01),
