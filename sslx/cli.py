@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import traceback
@@ -30,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
 
         root.error(f"name a recipe, a .py file or one of these: {', '.join(shipped())}")
     with lasting_streams():
+        # One line each; a library that logs first would choose another form, and say ours twice.
+        logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
         try:
             return arguments.run(arguments) or 0
         except KeyboardInterrupt:
@@ -126,11 +129,13 @@ def arguments_of_tokenize(added: argparse.ArgumentParser) -> None:
 
 def mendable(error: Exception) -> bool:
     """Whether an error tells the user what to do, as opposed to a bug."""
+    if isinstance(error, ValueError | OSError):
+        return True
     from sslx.checkpoint import CheckpointError
     from sslx.signals import Interrupted
     from sslx.watch import Diverged
 
-    return isinstance(error, ValueError | OSError | CheckpointError | Diverged | Interrupted)
+    return isinstance(error, CheckpointError | Diverged | Interrupted)
 
 
 def in_recipe(error: Exception) -> str:

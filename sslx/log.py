@@ -142,6 +142,10 @@ class Handler(logging.Handler):
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def not_ours(record: logging.LogRecord) -> bool:
+    return record.name != log.name
+
+
 class Log:
     """The log of a run: `write(step, values)` for numbers and pictures, and a progress bar."""
 
@@ -151,6 +155,9 @@ class Log:
         self.console = Console(file=lasting(sys.stderr), quiet=not self.speaks)
         self.handler = Handler(self.console)
         log.addHandler(self.handler)
+        self.others = [h for h in logging.root.handlers if type(h) is logging.StreamHandler]
+        for handler in self.others:  # would say the same once more
+            handler.addFilter(not_ours)
         columns = [TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(None)]
         columns += [TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True)]
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
@@ -207,6 +214,8 @@ class Log:
 
     def close(self) -> None:
         log.removeHandler(self.handler)
+        for handler in self.others:
+            handler.removeFilter(not_ours)
         self.bar.stop()
         self.stop()
 

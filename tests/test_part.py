@@ -70,7 +70,7 @@ def test_epochs_are_those_of_the_data_given():
 
 def places(source, index):
     """Where a record is in the source of all."""
-    return places(source.source, source.place(index)) if isinstance(source, Part) else index
+    return places(source.source, source.number(index)) if isinstance(source, Part) else index
 
 
 def takes_both(name):

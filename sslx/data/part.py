@@ -49,20 +49,20 @@ class Part(Source):
         held = -(-len(self.whole) // self.every)
         return len(self.whole) - held if self.rest else held
 
-    def place(self, index):
-        """The place in the whole source of a record, or of an array of them."""
+    def number(self, index):
+        """The number in the whole source of a record, or those of an array of them."""
         return index + index // (self.every - 1) + 1 if self.rest else index * self.every
 
     def __getitem__(self, index: int):
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        return self.whole[self.place(index)]
+        return self.whole[self.number(index)]
 
     def records(self, indices: list[int]):
-        return self.whole.records([self.place(index) for index in indices])
+        return self.whole.records([self.number(index) for index in indices])
 
     def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        return self.whole.gather(self.place(indices))
+        return self.whole.gather(self.number(indices))
 
     @property
     def classes(self) -> list[str]:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import accumulate
 from math import prod
@@ -46,6 +46,10 @@ class Pipeline:
     labels: bool = False
     max_corrupt: float = 0.01
     workers: int | None = field(default=None, compare=False)
+
+    def __getstate__(self):
+        """Its fields: a copy opens and checks its sources itself."""
+        return {x.name: getattr(self, x.name) for x in fields(self)}
 
     @cached_property
     def mixture(self) -> tuple[tuple[Source, float], ...]:

@@ -120,7 +120,7 @@ class Source(abc.ABC):
         vars(self).update(listings)
 
 
-def place(ends: list[int], index: int) -> tuple[int, int]:
+def within(ends: list[int], index: int) -> tuple[int, int]:
     """(part, number within it) of a record among consecutive parts."""
     if not 0 <= index < ends[-1]:
         raise IndexError(f"record {index} of {ends[-1]}")

@@ -75,7 +75,7 @@ def _sums(objective: MLM, view, sharding: NamedSharding | None):
         logits = objective.net.apply({"params": params}, masked, segments, places)
         target = jnp.take_along_axis(tokens, places, 1)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-        counts = jnp.zeros(logits.shape[-1]).at[target].add(weight)
+        counts = jnp.zeros(logits.shape[-1], jnp.int32).at[target].add(weight.astype(jnp.int32))
         return (weight * loss).sum(), (weight * (logits.argmax(-1) == target)).sum(), counts
 
     return jax.jit(sums, out_shardings=sharding and NamedSharding(sharding.mesh, P()))

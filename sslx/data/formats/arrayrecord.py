@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from sslx.data.source import DataError, Record, Source, labelled, matches, needs, place
+from sslx.data.source import DataError, Record, Source, labelled, matches, needs, within
 
 READERS = 16  # files counted at once, for disks that are far
 ALLOWED, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # files that a process may open
@@ -89,7 +89,7 @@ class Shards:
     def read(self, indices: list[int]) -> list[tuple[bytes, str]]:
         """Records and their names. A call to a reader costs 2 us for 1,000 records of its file."""
         rows, records = defaultdict(list), {}
-        for k, row in (place(self.ends, index) for index in indices):
+        for k, row in (within(self.ends, index) for index in indices):
             rows[k].append(row)
         for k, wanted in rows.items():
             part = self.parts[k]
@@ -98,7 +98,7 @@ class Shards:
                 wanted, reader.read([part.begin + r for r in wanted]), strict=True
             ):
                 records[k, row] = data, f"{part.path}#{part.begin + row}"
-        return [records[place(self.ends, index)] for index in indices]
+        return [records[within(self.ends, index)] for index in indices]
 
 
 def reader(path: str):

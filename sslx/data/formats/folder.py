@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sslx.data.source import DataError, Source, labelled, place, warned
+from sslx.data.source import DataError, Source, labelled, warned, within
 
 EXTENSIONS = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
@@ -106,7 +106,7 @@ class Folder(Source):
 
     def __getitem__(self, index):
         leaves, labels, ends = self.listing
-        k, row = place(ends, index)
+        k, row = within(ends, index)
         path = os.path.join(leaves[k].path, leaves[k].pictures[row])
         return {"image": content(path), "name": path} | labelled(labels[k], path)
 

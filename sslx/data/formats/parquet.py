@@ -16,9 +16,9 @@ from sslx.data.source import (
     lost,
     matches,
     needs,
-    place,
     unlabelled_among,
     warned,
+    within,
 )
 
 READERS = 16  # footers read at once, for disks that are far
@@ -127,7 +127,7 @@ class Parquet(Source):
 
     def __getitem__(self, index):
         _, places, ends, _ = self.footers
-        k, row = place(ends, index)
+        k, row = within(ends, index)
         pictures, labels = self.read(k)
         name = f"{places[k][0]}#{places[k][1]}:{row}"
         label = labels[row] if labels else None
