@@ -53,6 +53,7 @@ def _lanes(arrays: list[Array]) -> Array:
     return jnp.stack([jnp.stack(_sums(x)) for x in arrays])
 
 
+@jax.jit  # traced once for all arrays of a shape, as params and their moments are
 def _sums(x: Array) -> tuple[Array, Array]:
     """The two sums of a digest, from one reduction.
 

@@ -128,7 +128,7 @@ class Start:
                 log.warning("%s %s %s", self.source, what, branches(dict.fromkeys(sorted(paths))))
 
 
-def _size(path: str, array: Array) -> list[int]:
+def _size(path: str, array: Array | np.ndarray) -> list[int]:
     """The shape of an array, of a table without the rows that padding appends to it."""
     shape = list(array.shape)
     return [int(jax.jit(rows)(array)), *shape[1:]] if path.endswith("/table") else shape

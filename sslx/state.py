@@ -39,17 +39,19 @@ def init_state(key: Array, batch: Batch, *, config: Config) -> TrainState:
 
 def layers_of(config: Config, batch: Batch) -> Tree:
     """For each of the params, the axis on which a scan stacks its layers, -1 where none does."""
-    shapes = tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
-    return _layers_of(config, shapes)
+    return axis_named(boxed_state(config, batch).params, "layers")
 
 
-@functools.lru_cache(maxsize=64)
-def _layers_of(config: Config, shapes: tuple) -> Tree:
+def boxed_state(config: Config, batch: Batch) -> TrainState:
+    """Shapes and dtypes of the state for batches like `batch`; params carry their axes' names."""
+    return _boxed(config, tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items())))
+
+
+@functools.lru_cache(maxsize=16)
+def _boxed(config: Config, shapes: tuple) -> TrainState:
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in shapes}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = jax.eval_shape(config.views.train, key, batch)
-    params, _ = jax.eval_shape(config.objective.init, key, batch)
-    return axis_named(params, "layers")
+    fresh = lambda batch: init_state(new_key(config), batch, config=config)  # noqa: E731
+    return jax.eval_shape(fresh, batch)
 
 
 def check(config: Config) -> jax.sharding.Mesh:
@@ -65,10 +67,8 @@ def check(config: Config) -> jax.sharding.Mesh:
 @functools.lru_cache(maxsize=8)
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state: no memory, no device work."""
-    batch = abstract_batch(config, mesh)
-    with jax.set_mesh(mesh):  # the key inside too: the mesh may be of devices that are not there
-        fresh = lambda batch: init_state(new_key(config), batch, config=config)  # noqa: E731
-        boxed = jax.eval_shape(fresh, batch)
+    with jax.set_mesh(mesh):
+        boxed = boxed_state(config, abstract_batch(config, mesh))
     if config.accumulate > 1 and (reason := config.objective.coupling(boxed.buffers)):
         raise ConfigError(
             f"accumulate={config.accumulate} would change the loss of "

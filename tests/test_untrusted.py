@@ -130,7 +130,7 @@ def test_a_bert_written_by_hand_is_read(bert):
     net = loaded.parts["objective.net"]
     assert (net.encoder.width, net.encoder.depth, net.encoder.form.epsilon) == (WIDTH, 2, 1e-12)
     assert net.encoder.vocabulary == Vocabulary(WORDS)
-    np.testing.assert_array_equal(loaded.params["head"]["bias"], arrays[BIAS])
+    np.testing.assert_array_equal(loaded.params["head"]["bias"][:WORDS], arrays[BIAS])
     qkv = loaded.params["encoder"]["transformer"]["blocks"]["attention"]["qkv"]["kernel"]
     np.testing.assert_array_equal(qkv[1, :, 0].reshape(WIDTH, WIDTH), arrays[f"{QUERY}.weight"].T)
 
@@ -139,7 +139,7 @@ def test_a_bert_written_by_hand_is_read(bert):
 def test_every_floating_type_is_read(dtype, tmp_path):
     arrays = {name: x.astype(dtype) for name, x in bert_arrays().items()}
     loaded = hf.read(write(tmp_path / "bert", arrays=arrays))
-    table = loaded.params["encoder"]["word"]["table"]
+    table = loaded.params["encoder"]["word"]["table"][:WORDS]
     assert table.dtype == np.float32
     np.testing.assert_array_equal(table, arrays[WORD].astype(np.float32))
 
@@ -195,7 +195,7 @@ def test_a_bias_under_its_other_name_is_the_bias(tmp_path):
     bias = bert_arrays()[BIAS]
     for name, arrays in {"both": {TIED: bias}, "alone": {TIED: bias, BIAS: ...}}.items():
         loaded = hf.read(write(tmp_path / name, arrays=arrays))
-        np.testing.assert_array_equal(loaded.params["head"]["bias"], bias)
+        np.testing.assert_array_equal(loaded.params["head"]["bias"][:WORDS], bias)
 
 
 def test_what_is_not_used_is_named(tmp_path, caplog):
@@ -247,7 +247,7 @@ def shards(directory, **changes):
 
 def test_shards_are_read(bert):
     shards(bert)
-    np.testing.assert_array_equal(hf.read(bert).params["head"]["bias"], bert_arrays()[BIAS])
+    np.testing.assert_array_equal(hf.read(bert).params["head"]["bias"][:WORDS], bert_arrays()[BIAS])
 
 
 def test_an_array_in_two_shards_is_refused(bert):
@@ -286,7 +286,7 @@ def test_one_file_is_read_before_shards_as_in_transformers(bert, caplog):
     shards(bert)
     save_file(arrays | {BIAS: np.full(WORDS, 7, np.float32)}, bert / "model.safetensors")
     with caplog.at_level(logging.WARNING, "sslx"):
-        assert (hf.read(bert).params["head"]["bias"] == 7).all()
+        assert (hf.read(bert).params["head"]["bias"][:WORDS] == 7).all()
     assert "model-0.safetensors, model-1.safetensors, model.safetensors.index.json" in caplog.text
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 
 from sslx.config import Config
-from sslx.data.formats.digits import Digits
 from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
+from sslx.data.source import Source
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
 from sslx.evals.probes import Probes
@@ -25,8 +26,21 @@ BATCHES = Counter()
 
 
 @dataclass(frozen=True)
-class Held(Digits):
-    """Digits that stop after `HELD_AFTER` batches of a process while the file `HELD` is there."""
+class Held(Source):
+    """Waves of ten frequencies, which are there at once where digits would be parsed; they stop
+    after `HELD_AFTER` batches of a process while the file `HELD` is there."""
+
+    leaves = ("image",)
+    resident = True
+
+    def __len__(self):
+        return 1440
+
+    def __getitem__(self, index):
+        across, down = np.meshgrid(np.arange(8), np.arange(8))
+        wave = np.sin((1 + index % 10) * across / 3 + index * down / 200)
+        image = np.uint8(127.5 * (1 + wave))[..., None]
+        return {"image": image, "label": index % 10, "name": f"wave {index}"}
 
     def records(self, indices):
         BATCHES["read"] += 1
@@ -62,7 +76,7 @@ def config(
         objective=Poisoned(
             ViT(16, 1, 2, patch=2, remat="none"), Decoder(16, 1, 2, remat="none"), poison=poison
         ),
-        data=Pipeline(data or Held("train"), decode, max_corrupt=0.1),
+        data=Pipeline(data or Held(), decode, max_corrupt=0.1),
         views=mae(size, statistics=((0.3,), (0.37,))),
         optimizer=AdamW(Constant(1e-3), weight_decay=0.01),
         steps=steps,
