@@ -42,7 +42,7 @@ def layers_of(config: Config, batch: Batch) -> Tree:
     return axis_named(boxed_state(config, batch).params, "layers")
 
 
-def boxed_state(config: Config, batch: Batch) -> TrainState:
+def boxed_state(config: Config, batch: Tree) -> TrainState:
     """Shapes and dtypes of the state for batches like `batch`; params carry their axes' names."""
     return _boxed(config, tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items())))
 
