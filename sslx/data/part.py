@@ -89,10 +89,11 @@ class Part(Source):
         return self.whole.resident
 
     def listings(self) -> dict[str, Any]:
-        return self.whole.listings()
+        return {"whole": self.whole, "listings": self.whole.listings()}
 
     def adopt(self, listings: dict[str, Any]) -> None:
-        self.whole.adopt(listings)
+        vars(self)["whole"] = listings["whole"]  # not opened here, which lists
+        self.whole.adopt(listings["listings"])
 
     def check(self) -> None:
         self.whole.check()
