@@ -30,11 +30,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items):
-    """The longest file first, so that in the end no process works alone."""
-    items.sort(key=lambda item: item.path.stem != "test_resume")
-
-
 @pytest.fixture(scope="session")
 def eight(tmp_path_factory):
     """A run of tests/tiny.py, 40 steps in one go on the eight devices of this process."""

@@ -16,16 +16,13 @@ from sslx import state
 from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.data.image import Image
 from sslx.export import hf
-from sslx.models.text import MaskedLM, TextEncoder
 from sslx.models.vit import ViT
 from sslx.objectives.mae import MAE, Decoder
-from sslx.objectives.mlm import MLM
 from sslx.ops.positions import antialiased, extended, interpolated, interpolated_by_scale
 from sslx.optim import AdamW
 from sslx.schedules import Constant
 from sslx.start import Start
 from sslx.views import mae
-from sslx.vocabulary import Vocabulary
 
 OBJECTIVE = MAE(ViT(16, 2, 2, patch=2, remat="none"), Decoder(16, 1, 2, remat="none"))
 
@@ -226,30 +223,29 @@ def test_a_longer_table_keeps_its_rows():
 # ---- tables of words ----
 
 
-def words_of(size, **fields):
-    """A config of BERT with `size` words, whose table has 128 rows up to 128 of them."""
-    words = Vocabulary(size)
-    encoder = TextEncoder(words, 8, 1, 2, length=16, remat="none")
-    tokens = np.random.default_rng(0).integers(5, size, (32, 16)).astype(np.int32)
-    return replace(
-        config_of(objective=MLM(MaskedLM(encoder)), **fields),
-        data=sslx.Pipeline(sslx.arrays(tokens=tokens, segments=np.ones_like(tokens))),
-        views=sslx.Views(),
-    )
+def words(size, value):
+    """A table of `size` words, padded to 128 rows."""
+    here = jax.sharding.NamedSharding(sslx.Mesh().build(), jax.sharding.PartitionSpec())
+    table = np.zeros((128, 8), np.float32)
+    table[:size] = value
+    return jax.device_put({"word": {"table": table}}, here)
 
 
-def test_other_vocabularies_of_one_padded_size_are_told_apart(tmp_path):
-    run, table = sslx.fit(words_of(90), tmp_path / "run"), "encoder/word/table"
-    taken_as_it_is = params_of(words_of(90, start=str(run.path)))[table]
-    np.testing.assert_array_equal(taken_as_it_is, taken(run)[table])
-    assert not taken_as_it_is[90:].any()
-    with pytest.raises(ValueError, match=r"word/table is \[90, 8\] in .* and \[93, 8\] in this"):
-        params_of(words_of(93, start=str(run.path)))
-    start = Start(run.path, resize=((".*/table", extended),))
-    fresh, longer = params_of(words_of(93))[table], params_of(words_of(93, start=start))[table]
-    np.testing.assert_array_equal(longer[:90], taken_as_it_is[:90])
-    np.testing.assert_array_equal(longer[90:], fresh[90:])
-    assert fresh[90:93].all() and not fresh[93:].any()
+class GivenWords(Start):
+    """A source with a vocabulary of 90 words."""
+
+    def read(self):
+        return {"params/word/table": np.asarray(words(90, 1.0)["word"]["table"])}
+
+
+def test_other_vocabularies_of_one_padded_size_are_told_apart():
+    same, _ = GivenWords("x")(words(90, 2.0), {})
+    assert (same["word"]["table"][:90] == 1).all() and not same["word"]["table"][90:].any()
+    with pytest.raises(ValueError, match=r"word/table is \[90, 8\] in x and \[93, 8\] in this run"):
+        GivenWords("x")(words(93, 2.0), {})
+    longer, _ = GivenWords("x", resize=((".*/table", extended),))(words(93, 2.0), {})
+    column = longer["word"]["table"][:, 0]
+    assert np.array_equal(column, [*[1] * 90, *[2] * 3, *[0] * 35])
 
 
 @pytest.mark.parametrize(("before", "after"), [(37, 16), (16, 37), (5, 5), (3, 8)])
