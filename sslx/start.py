@@ -131,7 +131,9 @@ class Start:
 def _size(path: str, array: Array | np.ndarray) -> list[int]:
     """The shape of an array, of a table without the rows that padding appends to it."""
     shape = list(array.shape)
-    return [int(jax.jit(rows)(array)), *shape[1:]] if path.endswith("/table") else shape
+    if path.endswith("/table"):
+        shape[0] = int(rows(array) if isinstance(array, np.ndarray) else jax.jit(rows)(array))
+    return shape
 
 
 def placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> Array:

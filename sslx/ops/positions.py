@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from sslx.types import Array
 
@@ -42,9 +42,10 @@ def extended(table: Float[Array, "N D"], fresh: Float[Array, "M D"]) -> Float[Ar
     return jnp.concatenate([jnp.where(taken, own, fresh[: len(own)]), fresh[len(own) :]])
 
 
-def rows(table: Float[Array, "N D"]) -> Int[Array, ""]:
-    """The rows of a table without the zeros at its end, which a padded vocabulary has."""
-    return jnp.max((jnp.arange(len(table)) + 1) * table.astype(bool).any(1), initial=0)
+def rows(table: Array | np.ndarray) -> Array | np.integer:
+    """The rows of a table [N, D] without those of zeros at its end, which padding appends; for a
+    NumPy array on the host."""
+    return ((np.arange(len(table)) + 1) * table.astype(bool).any(1)).max(initial=0)
 
 
 def interpolated(table: Float[Array, "N D"], fresh: Float[Array, "M D"]) -> Float[Array, "M D"]:
