@@ -621,7 +621,7 @@ def test_a_full_disk_is_told_in_one_line(small_disk):
         """,
         small_disk / "run",
     )
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=240)
     lines = text.splitlines()
     assert process.returncode == 0 and len(lines) == 2, text
     assert "step 2 is lost (OSError: [Errno 28] No space left on device, 1.8 MiB are" in lines[0]
@@ -727,7 +727,7 @@ TWO = """
     import logging, sys, jax, numpy as np
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
     port, me, directory = sys.argv[1:]
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(me), initialization_timeout=40)
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(me), initialization_timeout=240)
     from sslx.checkpoint import Checkpoints, Retention, digest
     logging.basicConfig(format="%(message)s")
     devices = np.asarray(jax.devices()).reshape(4, 2)
@@ -760,7 +760,7 @@ def test_two_processes_save_and_restore_and_one_restores_theirs(tmp_path):
         port = s.getsockname()[1]
     both = [child(TWO, port, me, tmp_path, devices=4) for me in (0, 1)]
     try:
-        out = [process.communicate(timeout=60)[0] for process in both]
+        out = [process.communicate(timeout=240)[0] for process in both]
     finally:
         for process in both:
             process.kill()
@@ -787,4 +787,4 @@ def test_orbax_is_silent(tmp_path):
         """,
         tmp_path,
     )
-    assert process.communicate(timeout=40)[0] == "" and process.returncode == 0
+    assert process.communicate(timeout=240)[0] == "" and process.returncode == 0
