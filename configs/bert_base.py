@@ -1,12 +1,12 @@
 """BERT (arXiv:1810.04805) on any tokenized corpus, without the prediction of next sentences.
 
     sslx tokenize 'CORPUS/*.jsonl.gz' WINDOWS --tokenizer tokenizer.json --length 128
-    sslx train configs/bert_base.py data=tokens:WINDOWS --workdir runs/bert
+    sslx train configs/bert_base.py data=tokens:WINDOWS windows=N --workdir runs/bert
 
-Steps are epochs of the windows that data holds, or of windows=N; 40 epochs of 6,400,000 make the
-published million steps of 256. Google trains nine tenths of them at length 128 and the rest at 512:
-for that, `sslx export` and `sslx import` between the two, or length=512 from the start. Other
-variants (arXiv:1908.08962): tiny, mini, small, medium, large. With a vocabulary that sslx trained:
+N is the number of windows that `sslx tokenize` says; the default and 40 epochs make the published
+million steps of 256. Google trains nine tenths of them at length 128 and the rest at 512: for that,
+`sslx export` and `sslx import` between the two, or length=512 from the start. Other variants
+(arXiv:1908.08962): tiny, mini, small, medium, large. With a vocabulary that sslx trained:
 vocabulary_size=8192.
 
 Departures: masks are drawn anew at every step, where Google repeats ten; an unknown word is never
@@ -22,7 +22,6 @@ import math
 import jax.numpy as jnp
 
 from sslx.config import Config
-from sslx.data.part import count
 from sslx.data.pipeline import Pipeline
 from sslx.data.text.windows import Window
 from sslx.evals.text import Perplexity
@@ -32,24 +31,21 @@ from sslx.optim import BERTAdam
 from sslx.schedules import Linear, Warmup
 from sslx.vocabulary import BERT, Vocabulary
 
-PUBLISHED = ("tokens:windows", "")  # of 6,400,000 windows
-
 
 def config(
-    data: str = PUBLISHED[0],
+    data: str = "tokens:windows",
     test: str = "",
     variant: str = "base",
     length: int = 128,
     epochs: int = 40,
     batch_size: int = 256,
-    windows: int | None = None,  # of the corpus: those that data holds
+    windows: int = 6_400_000,  # of the corpus
     vocabulary_size: int = BERT.size,
     learning_rate: float = 1e-4,
 ) -> Config:
     words = BERT if vocabulary_size == BERT.size else Vocabulary(vocabulary_size)
     window = Window(length, words)
-    windows = count(data, PUBLISHED, 6_400_000) if windows is None else windows
-    steps = max(1, epochs * windows // batch_size)
+    steps = epochs * windows // batch_size
     warm = min(10_000, steps // 10)
     encoder = bert(variant, words, max(512, length), dtype=jnp.bfloat16)
     held_out = {"perplexity": Perplexity(Pipeline(test, window), 256)} if test else {}

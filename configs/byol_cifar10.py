@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from sslx.config import Config
 from sslx.data.image import Image
-from sslx.data.part import count, train_and_test
+from sslx.data.part import train_and_test
 from sslx.data.pipeline import Pipeline
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
@@ -106,12 +106,11 @@ def config(
     p, dtype = PUBLISHED[published], jnp.bfloat16 if half else jnp.float32
     epochs = p.epochs if epochs is None else epochs
     batch_size = p.batch_size if batch_size is None else batch_size
-    data, test = train_and_test(data, test, CIFAR)
-    pipeline, held_out = Pipeline(data, Image(32)), Pipeline(test, Image(32))
-    per_epoch = max(1, count(data, CIFAR, TRAIN) // batch_size)
+    per_epoch = TRAIN // batch_size
     steps, warm = epochs * per_epoch, min(10, epochs // 4) * per_epoch
     head = p.head.clone(dtype=dtype)  # the projector's form and the predictor's
     encoder = resnet(depth, stem=p.stem, last_gamma=1.0, kernel_init=p.kernel_init, dtype=dtype)
+    pipeline, held_out = (Pipeline(d, Image(32)) for d in train_and_test(data, test, CIFAR))
     return Config(
         objective=BYOL(Siamese(encoder, head, head.clone()), p.decay(steps)),
         data=pipeline,

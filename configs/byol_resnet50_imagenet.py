@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sslx.config import Config
 from sslx.data.image import Image
-from sslx.data.part import Part, count, train_and_test
+from sslx.data.part import Part, train_and_test
 from sslx.data.pipeline import Pipeline
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
@@ -50,7 +50,7 @@ def config(
     rate, decay, tau = PRESETS[max((n for n in PRESETS if n <= epochs), default=min(PRESETS))]
     data, test = train_and_test(data, test, SETS)
     tenth = "tfds:imagenet2012:train[:10%]" if data == SETS[0] else Part(data, 10)
-    per_epoch = max(1, count(data, SETS, TRAIN) // batch_size)
+    per_epoch = TRAIN // batch_size
     steps, warm = epochs * per_epoch, min(10, epochs // 4) * per_epoch
     encoder = resnet(depth, width, kernel_init=lecun, dtype=half)
     net = heads.Siamese(encoder, heads.byol(dtype=half), heads.byol(dtype=half))

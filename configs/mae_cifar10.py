@@ -22,7 +22,7 @@ The default, 200 epochs of width 192 and depth 12, has not been run.
 
 from sslx.config import Config
 from sslx.data.image import Image
-from sslx.data.part import count, train_and_test
+from sslx.data.part import train_and_test
 from sslx.data.pipeline import Pipeline
 from sslx.evals.pictures import Reconstructions
 from sslx.evals.probes import Probes
@@ -45,9 +45,8 @@ def config(
     depth: int = 12,
     rate: float = 5e-4,
 ) -> Config:
-    data, test = train_and_test(data, test, CIFAR)
-    pipeline, held_out = Pipeline(data, Image(32)), Pipeline(test, Image(32))
-    per_epoch = max(1, count(data, CIFAR, TRAIN) // batch_size)
+    pipeline, held_out = (Pipeline(d, Image(32)) for d in train_and_test(data, test, CIFAR))
+    per_epoch = TRAIN // batch_size
     steps, warm = epochs * per_epoch, epochs * per_epoch // 10
     peak = scaled(rate, batch_size)
     return Config(

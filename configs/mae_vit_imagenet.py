@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from sslx.config import Config
 from sslx.data.image import Image
-from sslx.data.part import Part, count, train_and_test
+from sslx.data.part import Part, train_and_test
 from sslx.data.pipeline import Pipeline
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
@@ -46,7 +46,7 @@ def config(
     bf16 = {"dtype": jnp.bfloat16, "remat": "full"}
     data, test = train_and_test(data, test, SETS)
     tenth = "tfds:imagenet2012:train[:10%]" if data == SETS[0] else Part(data, 10)
-    per_epoch = max(1, count(data, SETS, TRAIN) // batch_size)
+    per_epoch = TRAIN // batch_size
     steps, warm = epochs * per_epoch, 40 * per_epoch
     rate = scaled(1.5e-4, batch_size)
     held_out = Pipeline(test, decode)

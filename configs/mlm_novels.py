@@ -27,7 +27,7 @@ after 1,798).
 """
 
 from sslx.config import Config
-from sslx.data.part import count, train_and_test
+from sslx.data.part import train_and_test
 from sslx.data.pipeline import Pipeline
 from sslx.data.text.documents import Text
 from sslx.data.text.windows import Window
@@ -63,8 +63,7 @@ def config(
     data, test = train_and_test(data, test, NOVELS)
     words = Vocabulary(vocabulary_size)
     window = Window(length, words)
-    windows = count(data, NOVELS, WINDOWS * 128 // length)
-    steps = max(1, int(epochs * windows) // batch_size)
+    steps = int(epochs * WINDOWS * 128 / length) // batch_size
     warm = steps // 10
     form = Form(norm="pre", epsilon=1e-5, init=Normal(0.05))
     encoder = TextEncoder(

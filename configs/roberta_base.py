@@ -1,12 +1,12 @@
 """RoBERTa (arXiv:1907.11692) on any tokenized corpus, by fairseq's numbers.
 
     sslx tokenize 'CORPUS/*.jsonl.gz' WINDOWS --tokenizer tokenizer.json --length 512
-    sslx train configs/roberta_base.py data=tokens:WINDOWS --workdir runs/roberta
+    sslx train configs/roberta_base.py data=tokens:WINDOWS windows=N --workdir runs/roberta
 
-Steps are epochs of the windows that data holds, or of windows=N; 40 epochs of 6,400,000 make the
-125,000 steps of 2,048 of `examples/roberta/config/pretraining/base.yaml`. Its learning rates: 1e-4
-for batches of 256, 5e-4 for 2,048, 7e-4 for 8,192. On few devices add accumulate=16. With a
-vocabulary that sslx trained: vocabulary_size=32768.
+N is the number of windows that `sslx tokenize` says; the default and 40 epochs make the 125,000
+steps of 2,048 of `examples/roberta/config/pretraining/base.yaml`. Its learning rates: 1e-4 for
+batches of 256, 5e-4 for 2,048, 7e-4 for 8,192. On few devices add accumulate=16. With a vocabulary
+that sslx trained: vocabulary_size=32768.
 
 Published: base, 500,000 steps of 8,192 on 160 GB, MNLI 87.6. Ours: no run yet.
 
@@ -19,7 +19,6 @@ import math
 import jax.numpy as jnp
 
 from sslx.config import Config
-from sslx.data.part import count
 from sslx.data.pipeline import Pipeline
 from sslx.data.text.windows import Window
 from sslx.evals.text import Perplexity
@@ -29,24 +28,21 @@ from sslx.optim import AdamW
 from sslx.schedules import Polynomial, Warmup
 from sslx.vocabulary import ROBERTA, Vocabulary
 
-PUBLISHED = ("tokens:windows", "")  # of 6,400,000 windows
-
 
 def config(
-    data: str = PUBLISHED[0],
+    data: str = "tokens:windows",
     test: str = "",
     variant: str = "base",
     length: int = 512,
     epochs: int = 40,
     batch_size: int = 2048,
-    windows: int | None = None,  # of the corpus: those that data holds
+    windows: int = 6_400_000,  # of the corpus
     vocabulary_size: int = ROBERTA.size,
     learning_rate: float = 5e-4,
 ) -> Config:
     words = ROBERTA if vocabulary_size == ROBERTA.size else Vocabulary(vocabulary_size)
     window = Window(length, words)
-    windows = count(data, PUBLISHED, 6_400_000) if windows is None else windows
-    steps = max(1, epochs * windows // batch_size)
+    steps = epochs * windows // batch_size
     warm = min(10_000, steps // 10)
     encoder = roberta(variant, words, max(512, length), dtype=jnp.bfloat16)
     masking = Masking(most=math.ceil(0.15 * length), count="random", swaps="ordinary")

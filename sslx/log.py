@@ -156,6 +156,7 @@ class Log:
         self.handler = Handler(self.console)
         log.addHandler(self.handler)
         self.others = [h for h in logging.root.handlers if type(h) is logging.StreamHandler]
+        self.others = self.others if self.speaks else []
         for handler in self.others:  # would say the same once more
             handler.addFilter(not_ours)
         columns = [TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(None)]

@@ -12,12 +12,14 @@ import numpy as np
 
 from sslx import checkpoint
 from sslx.export import hf
-from sslx.ops.positions import extended, rows
+from sslx.models.layers import padded
+from sslx.ops.positions import extended
 from sslx.ops.trees import path_of
 from sslx.types import Array, Buffers, Params
 
 log = logging.getLogger("sslx")
 
+WORDS = ("word/table", "head/bias")  # arrays with a row for each word, padded
 ALL = (("params", "params"), ("buffers", "buffers"))
 
 Resize = Callable[[Array, Array], Array]  # (their table, our fresh one) -> a table of our shape
@@ -98,9 +100,16 @@ class Start:
         if jax.dtypes.issubdtype(ours.dtype, jax.dtypes.prng_key):  # stored as plain numbers
             numbers = self.fitted(path, theirs, jax.random.key_data(ours))
             return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(ours))
-        there, here = _size(path, theirs), _size(path, ours)
-        if there == here:
+        if path.endswith(WORDS) and padded(len(theirs)) == len(ours):  # of a run before padding
+            theirs = np.pad(theirs, [(0, len(ours) - len(theirs)), (0, 0)][: theirs.ndim])
+        if theirs.shape == ours.shape:
+            if path.endswith("word/table") and (there := used(theirs)) != (here := used(ours)):
+                log.warning(
+                    "%s: %s has %d words and this run %d: are they of one tokenizer?",
+                    *(self.source, path, there, here),
+                )
             return placed(theirs.astype(ours.dtype), ours.sharding)
+        there, here = list(theirs.shape), list(ours.shape)
         rules = [rule for pattern, rule in self.resize if re.fullmatch(pattern, path)]
         if not rules:
             raise ValueError(
@@ -128,12 +137,9 @@ class Start:
                 log.warning("%s %s %s", self.source, what, branches(dict.fromkeys(sorted(paths))))
 
 
-def _size(path: str, array: Array | np.ndarray) -> list[int]:
-    """The shape of an array, of a table without the rows that padding appends to it."""
-    shape = list(array.shape)
-    if path.endswith("/table"):
-        shape[0] = int(rows(array) if isinstance(array, np.ndarray) else jax.jit(rows)(array))
-    return shape
+def used(table: Array | np.ndarray) -> int:
+    """The rows of a table without those of zeros at its end, which padding appends."""
+    return int(((np.arange(len(table)) + 1) * table.astype(bool).any(1)).max(initial=0))
 
 
 def placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> Array:

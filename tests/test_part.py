@@ -9,7 +9,7 @@ import pytest
 
 import sslx
 from sslx.data import part
-from sslx.data.part import Part, count, train_and_test
+from sslx.data.part import Part, train_and_test
 from sslx.recipes import Recipe, load, shipped
 
 
@@ -57,15 +57,6 @@ def test_the_test_set_is_the_given_or_the_published_or_held_out(caplog):
         train, test = train_and_test("digits:", "", PUBLISHED)
         assert (len(train), len(test)) == (1707, 90)
     assert caplog.text.count("no test= is given: every 20th record of digits: is held out") == 1
-
-
-def test_epochs_are_those_of_the_data_given():
-    """The published set is not opened for its number of records; any other is."""
-    assert count(PUBLISHED[0], PUBLISHED, 7) == 7
-    assert count("digits:test", PUBLISHED, 7) == 360
-    assert count(Part("digits:", 20), PUBLISHED, 7) == 90
-    given, known = load("mae_cifar10", data="digits:", epochs=2), load("mae_cifar10", epochs=2)
-    assert given.steps == 2 * (1707 // 256) and known.steps == 2 * (50_000 // 256)
 
 
 def places(source, index):

@@ -282,6 +282,14 @@ def test_classes_whose_pictures_all_lie_in_one_folder_below_are_read(tmp_path, c
     source = uris.open_uri(f"folder:{tmp_path}")
     assert [source[i]["label"] for i in range(len(source))] == [0, 1, 2]
     assert "such as n01/images, and are of the class above them" in caplog.text
+    for names in (("train", "val"), ("a", "b/c"), ("a", "b")):  # splits, other depths, two folders
+        root = tmp_path / "-".join(names).replace("/", "+")
+        for name in names:
+            put(root / name / "images/0.png")
+        if names == ("a", "b"):
+            put(root / "a" / "masks/0.png")
+        with pytest.raises(DataError, match="pictures lie deeper"):
+            uris.open_uri(f"folder:{root}")
 
 
 def test_what_is_no_file_is_no_picture(tmp_path, caplog):

@@ -232,20 +232,28 @@ def words(size, value):
 
 
 class GivenWords(Start):
-    """A source with a vocabulary of 90 words."""
+    """A source with a vocabulary of 90 words, of a run before padding; its types are zeros."""
 
     def read(self):
-        return {"params/word/table": np.asarray(words(90, 1.0)["word"]["table"])}
+        return {"params/word/table": np.ones((90, 8), np.float32), "params/type/table": TYPES}
 
 
-def test_other_vocabularies_of_one_padded_size_are_told_apart():
-    same, _ = GivenWords("x")(words(90, 2.0), {})
-    assert (same["word"]["table"][:90] == 1).all() and not same["word"]["table"][90:].any()
-    with pytest.raises(ValueError, match=r"word/table is \[90, 8\] in x and \[93, 8\] in this run"):
-        GivenWords("x")(words(93, 2.0), {})
-    longer, _ = GivenWords("x", resize=((".*/table", extended),))(words(93, 2.0), {})
-    column = longer["word"]["table"][:, 0]
-    assert np.array_equal(column, [*[1] * 90, *[2] * 3, *[0] * 35])
+TYPES = np.zeros((1, 8), np.float32)
+
+
+def test_words_are_padded_and_other_vocabularies_said(caplog):
+    given = words(90, 2.0)
+    given["type"] = {"table": given["word"]["table"][:1]}
+    taken, _ = GivenWords("x")(given, {})
+    table = taken["word"]["table"]
+    assert (table[:90] == 1).all() and table.shape == (128, 8) and not table[90:].any()
+    assert np.array_equal(taken["type"]["table"], TYPES) and "tokenizer" not in caplog.text
+    GivenWords("x")(words(93, 2.0), {})
+    assert "x: params/word/table has 90 words and this run 93: are they of one" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"word/table is \[90, 8\] in x and \[256, 8\] in this run"
+    ):
+        GivenWords("x")({"word": {"table": jnp.ones((256, 8))}}, {})
 
 
 @pytest.mark.parametrize(("before", "after"), [(37, 16), (16, 37), (5, 5), (3, 8)])

@@ -117,14 +117,6 @@ def train_and_test(
     return Part(data, HELD_OUT, rest=True), Part(data, HELD_OUT)
 
 
-def count(data: str | Source, published: tuple[str, str], known: int) -> int:
-    """The records of a recipe's training set: the `known` ones of the published, which may be far
-    away, or those that other data hold now."""
-    if data == published[0]:
-        return known
-    return len(open_uri(data) if isinstance(data, str) else data)
-
-
 @functools.cache  # a recipe is loaded more than once
 def _say(data: str | Source) -> None:
     log.warning("no test= is given: every %dth record of %s is held out for it", HELD_OUT, data)

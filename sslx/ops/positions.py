@@ -34,18 +34,9 @@ def sincos_2d(rows: int, columns: int, width: int) -> Float[np.ndarray, "N D"]:
 def extended(table: Float[Array, "N D"], fresh: Float[Array, "M D"]) -> Float[Array, "M D"]:
     """A learned table with `fresh`'s number of rows: its own as far as they go, then fresh ones.
 
-    For text, whose positions count from the start of a window (BERT, from windows of 128 to 512),
-    and for words that were added behind a vocabulary.
+    For text, whose positions count from the start of a window (BERT, from windows of 128 to 512).
     """
-    own = table[: len(fresh)]
-    taken = jnp.arange(len(own))[:, None] < rows(table)
-    return jnp.concatenate([jnp.where(taken, own, fresh[: len(own)]), fresh[len(own) :]])
-
-
-def rows(table: Array | np.ndarray) -> Array | np.integer:
-    """The rows of a table [N, D] without those of zeros at its end, which padding appends; for a
-    NumPy array on the host."""
-    return ((np.arange(len(table)) + 1) * table.astype(bool).any(1)).max(initial=0)
+    return jnp.concatenate([table[: len(fresh)], fresh[len(table) :]])
 
 
 def interpolated(table: Float[Array, "N D"], fresh: Float[Array, "M D"]) -> Float[Array, "M D"]:

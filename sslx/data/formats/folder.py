@@ -16,6 +16,8 @@ EXTENSIONS = {
     *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"),
 }
 
+SPLITS = {"train", "training", "test", "val", "valid", "validation", "dev"}
+
 
 @dataclass(frozen=True)
 class Folder(Source):
@@ -65,8 +67,7 @@ class Folder(Source):
                 f"{other and f', only {other}'}"
             )
         deep = not any(leaves[0].pictures for _, leaves in classes)
-        alike = len(classes) > 1 and len({os.path.basename(x.path) for x in inside}) == 1
-        if inside and deep and not alike:  # alike: CLASS/images/*.JPEG, as in Tiny ImageNet
+        if inside and deep and not one_below(classes):
             deep = os.path.dirname(inside[0].path)
             raise DataError(
                 f"{root} holds no class folders: pictures lie deeper, in {inside[0].path}; "
@@ -159,6 +160,19 @@ def below(path: str, top: Leaf) -> Iterator[Leaf]:
             yield held
             above = (*above, held.identity)
             waiting += [(inner, above) for inner in reversed(held.folders)]
+
+
+def one_below(classes: list[tuple[str, list[Leaf]]]) -> bool:
+    """Whether each class has its pictures in one folder, called the same in all, as Tiny ImageNet
+    has CLASS/images; folders that are called as splits are no classes."""
+    where = [
+        [os.path.relpath(x.path, path) for x in leaves if x.pictures] for path, leaves in classes
+    ]
+    splits = SPLITS & {os.path.basename(path).lower() for path, _ in classes}
+    alike = all(found == where[0] for found in where)
+    return (
+        len(classes) > 1 and not splits and alike and len(where[0]) == 1 and "/" not in where[0][0]
+    )
 
 
 def passed(top: Leaf, classes: list[tuple[str, list[Leaf]]]) -> str:
