@@ -29,11 +29,20 @@ class Launcher:
     address: tuple[str, ...] = ()
     port: int = 0
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every variable of it."""
+        return *self.address, self.count, *self.index
+
+    def known(self, env: Mapping[str, str]) -> list[str]:
+        """Those of its variables that are set."""
+        return [name for name in self.names if env.get(name)]
+
     def processes(self, env: Mapping[str, str]) -> int:
         """How many processes there are."""
         if self.count == "TPU_WORKER_HOSTNAMES":
-            hosts = len(env[self.count].split(","))
-            return hosts * int(env.get("MEGASCALE_NUM_SLICES") or 1)
+            slices = whole(env, "MEGASCALE_NUM_SLICES") if env.get("MEGASCALE_NUM_SLICES") else 1
+            return len(env[self.count].split(",")) * slices
         return whole(env, self.count)
 
     def joining(self, env: Mapping[str, str]) -> dict:
@@ -41,14 +50,15 @@ class Launcher:
 
         Raises ClusterError naming what is missing.
         """
-        if not self.address:
-            return slurm_devices(env) if self.name == "Slurm" else {}
-        names = (*self.address, self.count, *self.index)
-        if missing := [name for name in names if not env.get(name)]:
+        known = self.known(env)
+        missing = [name for name in self.names if name not in known]
+        if missing and not (known == [self.count] and self.processes(env) == 1):
             raise ClusterError(
-                f"{', '.join(n for n in names if env.get(n))} is set, but "
-                f"{', '.join(missing)} is not: set all of them for every process, or none."
+                f"{', '.join(known)} is set, but {', '.join(missing)} is not: set all of them for "
+                f"every process, or none; {BY_HAND.count}=1 is for a process alone."
             )
+        if not self.address or missing:
+            return slurm_devices(env) if self.name == "Slurm" else {}
         address = ":".join(env[name] for name in self.address)
         numbers, count = [whole(env, name) for name in self.index], self.processes(env)
         index = numbers[0] if len(numbers) == 1 else numbers[0] * numbers[1] + numbers[2]
@@ -76,24 +86,28 @@ LAUNCHERS = (
     Launcher(
         "xpk on GPUs", "NNODES", ("NODE_RANK",), ("JAX_COORDINATOR_IP", "JAX_COORDINATOR_PORT")
     ),
-    Launcher("Open MPI", "OMPI_COMM_WORLD_SIZE"),
+    Launcher("Open MPI", "OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_RANK",)),
     Launcher("Slurm", "SLURM_STEP_NUM_TASKS"),
     Launcher("TPU", "TPU_WORKER_HOSTNAMES"),
 )
+# Each of these may be set by others, for a purpose of their own.
+COMMON = {"NNODES", "NODE_RANK", "JOB_INDEX", "JOB_COMPLETION_INDEX", "JAX_COORDINATOR_PORT"}
 
 
 def launcher(env: Mapping[str, str]) -> Launcher | None:
     """What started this process as one of several, as far as variables tell, or None.
 
     A shell in an allocation of Slurm is no step of several tasks, whatever SLURM_NTASKS says.
-    Raises ClusterError where a number of processes is missing that other variables ask for.
+    Raises ClusterError for half of what a launcher sets.
     """
     for one in LAUNCHERS:
-        ours = one.count != "NNODES" or "JAX_COORDINATOR_IP" in env  # other launchers have that too
+        ours = one.count not in COMMON or "JAX_COORDINATOR_IP" in env
         if env.get(one.count) and ours:
             return one
-    if any(env.get(name) for name in (*BY_HAND.address, *BY_HAND.index)):
-        BY_HAND.joining(env)
+    for one in LAUNCHERS:
+        known = one.known(env)
+        if len(known) > 1 or set(known) - COMMON:
+            one.joining(env)
     return None
 
 
@@ -107,29 +121,32 @@ def join(env: Mapping[str, str] = os.environ, timeout: int = TIMEOUT) -> None:
 
     by = launcher(env)
     count = by.processes(env) if by else 1
-    if count == 1 and "SLURM_JOB_ID" in env:
+    options = by.joining(env) if by else {}
+    if count == 1 and (by or "SLURM_JOB_ID" in env):
         return  # jax would wait for SLURM_NTASKS processes
     if by and by.name == "TPU" and env.get("JAX_PLATFORMS") == "cpu":
         return
-    options = by.joining(env) if by else {}
     if jax.distributed.is_initialized():  # by the program that calls us
         return
     if options.get("process_id") == 0 and count > 1:
         print(f"sslx: waiting for {count} processes", file=sys.stderr)
     try:
         jax.distributed.initialize(initialization_timeout=timeout, **options)
-    except RuntimeError:
-        if count > 1:
-            raise
-        return  # devices are in use here already, and nothing says that there are others
+    except RuntimeError as error:
+        if count == 1 and "must be called before" in str(error):
+            return  # devices are in use here already, and nothing says that there are others
+        raise ClusterError(
+            f"joining the other processes of this run failed: {error}\n{BY_HAND.count}=1 is for a "
+            f"process alone; for several set {', '.join(BY_HAND.names)} for each."
+        ) from error
     except ValueError as error:
         if "be defined" not in str(error):  # jax's words for: this is no cluster that I know
             raise
         if count > 1:
             raise ClusterError(
                 f"{by.count}={env[by.count]} says that {by.name} started {count} processes, but jax"
-                f" finds no address to join them: set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
-                f"JAX_NUM_PROCESSES and JAX_PROCESS_ID for each."
+                f" finds no address to join them: set {', '.join(BY_HAND.names)} for "
+                f"each."
             ) from error
         return
     if by and jax.process_count() != count:

@@ -216,9 +216,13 @@ def printed(config: Config) -> str:
     return "\n".join(lines(config)) + "\n"
 
 
-def difference(old: Config, new: Config) -> list[str]:
-    """Diff lines (`- before`, `+ after`) of all that changes the result of a run."""
-    before, after = list(lines(old, law=True)), list(lines(new, law=True))
+def difference(old: Config, new: Config, moved: tuple[str, str] = ("", "")) -> list[str]:
+    """Diff lines (`- before`, `+ after`) of all that changes the result of a run.
+
+    `moved` are two folders, of the old and of the new: paths within are the same in both.
+    """
+    before = [line.replace(*moved) for line in lines(old, law=True)]
+    after = list(lines(new, law=True))
     return [x for x in difflib.ndiff(before, after) if x[:2] in ("- ", "+ ")]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from sslx.checkpoint import CheckpointError, Checkpoints
+from sslx.checkpoint import CheckpointError, Checkpoints, check_path
 from sslx.config import Config, ConfigError, lines
 from sslx.export import hf
 from sslx.export.directory import Checkpoint, staged
@@ -29,6 +29,7 @@ def import_checkpoint(
 
     The recipe is the model's own by default; its model is made the checkpoint's.
     """
+    check_path(run)
     if (run / "overrides.json").exists():
         raise ConfigError(f"{run} is a run already: name a new directory.")
     checkpoint = hf.read(source)

@@ -38,6 +38,18 @@ def writing(run: Path, force: bool = False) -> Iterator[None]:
         yield
 
 
+def refuse_second(run: Path, force: bool = False) -> None:
+    """Raise ValueError now where `writing` would because someone writes; makes no directory."""
+
+    def look() -> None:
+        if (run / ".lock").exists():
+            with _locked(run, force):
+                pass
+
+    check_path(run)
+    by_first(look)
+
+
 @contextlib.contextmanager
 def _locked(run: Path, force: bool) -> Iterator[None]:
     path, ended = run / ".lock", threading.Event()

@@ -16,7 +16,16 @@ from typing import Any
 
 import cloudpickle
 
-from sslx.config import Config, ConfigError, override, parse, parts_of, printed, unknown
+from sslx.config import (
+    Config,
+    ConfigError,
+    difference,
+    override,
+    parse,
+    parts_of,
+    printed,
+    unknown,
+)
 from sslx.log import write_whole
 
 LARGEST = 1 << 24  # bytes of a file that is copied into a run
@@ -31,7 +40,7 @@ class Recipe:
     path       a .py file, or the name of a recipe that comes with sslx, as `mae_digits`
     overrides  `name=value` for an argument of config(), `a.b.c=value` for a part of its result
 
-    A recipe may import Python modules from its own folder, and those each other, and read files
+    A recipe may `import` Python modules from its own folder, and those each other, and read files
     that it names in a string: `Path(__file__).parent / "words.txt"`. All are copied into a run with
     it. What it finds in its folder otherwise must have an absolute path, or the run is refused.
     """
@@ -56,6 +65,11 @@ class Recipe:
             else f"give the path of a .py file, or one of these names: {', '.join(names)}."
         )
         raise ConfigError(f"There is no recipe {path}: {hint}")
+
+    @property
+    def folder(self) -> str:
+        """The absolute path of what lies beside it."""
+        return str(self.file.absolute().parent)
 
     def load(self) -> Config:
         """The config, with the overrides applied.
@@ -114,13 +128,31 @@ class Recipe:
             for name, path in copies.items():
                 (run / name).parent.mkdir(parents=True, exist_ok=True)
                 write_whole(run / name, path.read_bytes())
-            copy = Recipe(run / "recipe.py", self.overrides)
-            write_whole(run / "config.txt", printed(copy.load()))  # as it will when resumed
+            copy = self.copied(run)
+            write_whole(run / "config.txt", printed(copy))
             write_whole(run / "overrides.json", json.dumps(self.overrides, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(
                 f"Cannot write to {run} ({error}): choose another --workdir."
             ) from error
+
+    def copied(self, run: Path) -> Config:
+        """The config of the copy in a run, as it will be when the run is resumed.
+
+        Raises ConfigError where it is not that of the original.
+        """
+        hint = (
+            f"{run}/recipe.py is the copy of {self.path} that the run would go on with. Taken along"
+            f" are files of {self.file.parent} of at most {LARGEST >> 20} MiB whose whole name a "
+            "string in the recipe says: name the others by an absolute path."
+        )
+        try:
+            copy = Recipe(run / "recipe.py", self.overrides).load()
+        except ConfigError as error:
+            raise ConfigError(f"{error}\n{hint}") from error
+        if changes := difference(copy, self.load(), (str(run.absolute()), self.folder)):
+            raise ConfigError("\n  ".join(["The copy says otherwise:", *changes]) + f"\n{hint}")
+        return copy
 
 
 def recipe_of(run: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -165,7 +197,9 @@ def execute(file: Path) -> ModuleType:
 
     def module_beside(name, globals=None, locals=None, fromlist=(), level=0):
         path = folder / f"{name}.py"
-        if level or not path.is_file():
+        if level:
+            raise ImportError("a recipe is in no package")
+        if not path.is_file():
             return builtins.__import__(name, globals, locals, fromlist, level)
         return executed.get(path) or run(path)
 
@@ -207,6 +241,12 @@ def _named(file: Path) -> set[str]:
     return {n for n in names if n.isprintable() and len(n) < 200 and ".." not in n and n[:1] != "/"}
 
 
+def _beside(folder: Path, module: str | None) -> bool:
+    """Whether a module that was not found lies in a folder all the same; None is a relative one."""
+    first = (module or ".").partition(".")[0]
+    return (folder / first).exists() or (folder / f"{first}.py").exists()
+
+
 @contextlib.contextmanager
 def _located(file: Path) -> Iterator[None]:
     """Errors raised within become ConfigErrors that begin with the file and line of the recipe, or
@@ -223,6 +263,11 @@ def _located(file: Path) -> Iterator[None]:
         folder = file.absolute().parent
         own = [(f"{file.with_name(p.name)}:{n}", s) for p, n, s in places if p.parent == folder]
         where, source = own[-1] if own else (str(file), None)
+        if isinstance(error, ImportError) and _beside(folder, error.name):
+            text += (
+                f". A recipe finds modules that lie beside it, by a plain `import name` or `from "
+                f"name import x`: install {folder} as a package for others"
+            )
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         line = f"\n    {source.strip()}" if source else ""
         raise ConfigError(f"{where}: {kind}{' '.join(text.split())}{line}") from error

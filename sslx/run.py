@@ -37,7 +37,7 @@ from sslx.evals.features import Features, Pool, extract
 from sslx.evals.probes import Probes
 from sslx.export import hf, timm
 from sslx.export.card import About
-from sslx.lock import writing
+from sslx.lock import refuse_second, writing
 from sslx.log import add_scores, read_scores, step_rows, write_picture, write_whole
 from sslx.models.encoder import Encoder, chosen
 from sslx.ops.flops import flops
@@ -97,12 +97,18 @@ def fit_recipe(
 ) -> "Run":
     """Train the config of a recipe file, which is copied into the run, and return the Run."""
     config = recipe.load()
-    start(config, run, lambda: recipe.save(run), accept_changes, force)
+    moved = str(run.absolute()), recipe.folder
+    start(config, run, lambda: recipe.save(run), accept_changes, force, moved)
     return Run(run, config)
 
 
 def start(
-    config: Config, run: Path, save: Callable[[], None], accept_changes: bool, force: bool
+    config: Config,
+    run: Path,
+    save: Callable[[], None],
+    accept_changes: bool,
+    force: bool,
+    moved: tuple[str, str] = ("", ""),
 ) -> None:
     """Train in `run`, once `save` has written there what it takes to open it."""
     for line in lines(config, law=True):
@@ -112,13 +118,14 @@ def start(
                 "resumed with it: make it a frozen dataclass, or a named function."
             )
     resumed = (run / "overrides.json").is_file() and not accept_changes
-    if resumed and (changes := difference(recipe_of(run).load(), config)):
+    if resumed and (changes := difference(recipe_of(run).load(), config, moved)):
         raise ConfigError(
             f"{run} was started with another recipe:\n  "
             + "\n  ".join(changes)
             + "\nuse another directory, or go on all the same with --accept-changes "
             "(accept_changes=True)."
         )
+    refuse_second(run, force)  # before data are opened, which takes long
     check(config)  # what cannot work fails before it is saved
     with writing(run, force):
         by_first(save)

@@ -154,6 +154,7 @@ def _by_size(shape: Sequence[int], mesh) -> P:
         for axis in np.argsort(shape)[::-1]:
             if shape[axis] % mesh.shape["fsdp"] == 0:
                 return P(*[None] * int(axis), "fsdp")
+        _say_whole(f"rows of {list(shape)}", max(shape), "fsdp", mesh.shape["fsdp"])
     return P()
 
 

@@ -56,6 +56,9 @@ def by_hand(address, count, index):
         (TPU | {"MEGASCALE_NUM_SLICES": "4"}, {}, 8),
         ({}, {}, 1),  # jax asks a TPU's machine
         ({"NNODES": "7"}, {}, 1),
+        ({"JOB_COMPLETION_INDEX": "3", "JAX_COORDINATOR_PORT": "1234"}, {}, 1),
+        ({"JAX_NUM_PROCESSES": "1"}, None, 1),
+        (TPU | {"TPU_WORKER_HOSTNAMES": "a"}, None, 1),
         (SHELL, None, 1),
         (SHELL | {"SLURM_STEP_NUM_TASKS": "1"}, None, 1),  # an interactive step
         (TPU | {"JAX_PLATFORMS": "cpu"}, None, 2),
@@ -82,6 +85,14 @@ def test_processes_join_as_their_launcher_says(env, options, count, monkeypatch)
         ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES is set, but JAX_COORDINATOR_ADDRESS"),
         ({**XPK_CPU, "JOB_INDEX": ""}, "but JOB_INDEX is not"),
         ({"JAX_COORDINATOR_IP": "a", "NNODES": "2"}, "but JAX_COORDINATOR_PORT, NODE_RANK is not"),
+        ({**XPK_GPU, "NNODES": ""}, "but NNODES is not"),
+        ({"NNODES": "2", "NODE_RANK": "1"}, "but JAX_COORDINATOR_IP, JAX_COORDINATOR_PORT is not"),
+        (
+            dict.fromkeys(("JOB_INDEX", "PROCESSES_IN_JOB", "JOB_COMPLETION_INDEX"), "1"),
+            "but JAX_COORDINATOR_ADDRESS, JAX_PROCESS_COUNT is not",
+        ),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, "but OMPI_COMM_WORLD_SIZE is not"),
+        (TPU | {"MEGASCALE_NUM_SLICES": "x"}, "MEGASCALE_NUM_SLICES=x is no number"),
         (HAND | {"JAX_PROCESS_ID": "4"}, "process 4 of 4, but they count from 0"),
         (HAND | {"JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID=x is no number"),
     ],
@@ -110,6 +121,18 @@ def test_processes_without_an_address_and_processes_that_did_not_come(monkeypatc
     for env in (HAND, SLURM, MPI, TPU):
         with pytest.raises(ClusterError, match=r"says that .* started \d processes, but 1 came"):
             cluster.join(env)
+
+
+@pytest.mark.parametrize("env", [{}, HAND])
+def test_what_goes_wrong_in_joining_ends_the_run(env, monkeypatch):
+    """As where Kubernetes does not let its jobs look each other up: N runs would train apart."""
+
+    def refused(**options):
+        raise RuntimeError("Kubernetes API Error: 403 - Forbidden")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refused)
+    with pytest.raises(ClusterError, match=r"(?s)403 - Forbidden.*JAX_NUM_PROCESSES=1 is for a"):
+        cluster.join(env)
 
 
 def test_two_processes_of_a_launcher_join():

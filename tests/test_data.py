@@ -210,18 +210,35 @@ class Unpicklable(Exception):
         super().__init__(one)
 
 
+class Own(DataError):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
 @dataclass(frozen=True)
 class Failing(Image):
-    """A decoder that raises what no queue carries, or leaves."""
+    """A decoder that raises what no queue carries, or leaves, or makes what it did not say."""
 
     error: str = ""
 
     def __call__(self, record, rng):
-        raise SystemExit("left") if self.error == "exit" else Unpicklable("wrong", 2)
+        if self.error == "other":
+            return {"image": np.zeros((9, 8, 3), np.uint8)}
+        if self.error == "exit":
+            raise SystemExit("left")
+        raise (Own if self.error == "own" else Unpicklable)("wrong", 2)
+
+
+FAILURES = {
+    "exit": "SystemExit: left",
+    "x": "Unpicklable: wrong",
+    "own": r"^wrong\b",
+    "other": r"Failing\(size=8.* made {'image': \(9, 8, 3\)} of .*, but its `shapes` are {'image': ",
+}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("error, text", [("exit", "SystemExit: left"), ("x", "Unpicklable: wrong")])
+@pytest.mark.parametrize("error, text", FAILURES.items())
 def test_an_exception_in_a_decoder_arrives_with_its_text(small, error, text, workers):
     began = time.monotonic()
     with pytest.raises(DataError, match=text):

@@ -13,6 +13,7 @@ from commands import REPO, TINY
 
 from sslx.config import ConfigError, printed
 from sslx.recipes import Recipe, load, recipe_of, shipped
+from sslx.run import fit_recipe
 
 NEIGHBORS = {
     "sizes.py": "from deeper import base\nWIDTH = 2 * base()\n",
@@ -100,6 +101,56 @@ def test_a_recipe_whose_copy_does_not_load_is_refused_at_once(tmp_path):
     with pytest.raises(ConfigError, match=r"run/deeper\.py:\d: .*width\.txt"):
         Recipe(recipe).save(tmp_path / "run")
     assert not (tmp_path / "run" / "overrides.json").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from helpers.half import WIDTH",
+        "from .deeper import base",
+        "import importlib; importlib.import_module('deeper')",
+    ],
+)
+def test_how_neighbors_are_imported_is_said(line, tmp_path):
+    (tmp_path / "helpers").mkdir()
+    (tmp_path / "helpers/half.py").write_text("WIDTH = 8\n")
+    recipe = folder_of(tmp_path)
+    text = recipe.read_text().replace("from sizes import WIDTH", f"{line}\nfrom sizes import WIDTH")
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=r"mine\.py:\d+: .* by a plain `import name`"):
+        load(recipe)
+
+
+def test_a_recipe_whose_copy_says_otherwise_is_refused(tmp_path):
+    """A folder is searched for files, of which a run would have none."""
+    (tmp_path / "recipes").mkdir()
+    recipe = folder_of(
+        tmp_path / "recipes",
+        **{
+            "deeper.py": "from pathlib import Path\n\n\ndef base():\n    "
+            "return 16 if list(Path(__file__).parent.glob('*.jsonl')) else 8\n"
+        },
+    )
+    (tmp_path / "recipes/a.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"(?s)otherwise:.*- .*width = 16.*\+ .*absolute path"):
+        Recipe(recipe).save(tmp_path / "run")
+    assert not (tmp_path / "run" / "overrides.json").exists()
+
+
+def test_a_path_beside_a_recipe_is_the_same_in_its_run(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    recipe = folder_of(tmp_path / "recipes")
+    (tmp_path / "recipes/a.npz").write_text("")
+    data = "Pipeline(data or 'folder:' + str(Path(__file__).with_name('a.npz'))"
+    recipe.write_text(recipe.read_text().replace("Pipeline(data or Held()", data))
+    Recipe(recipe).save(run := tmp_path / "run")
+    (run / "overrides.json").write_text('["steps=9"]')
+    config = load(recipe)
+    with pytest.raises(ConfigError) as error:
+        fit_recipe(Recipe(recipe), run)
+    assert re.findall(r"\n  [-+].*", str(error.value)) == ["\n  - steps = 9", "\n  + steps = 40"]
+    assert config.data.source == f"folder:{tmp_path}/recipes/a.npz"
+    assert recipe_of(run).load().data.source == f"folder:{run}/a.npz"
 
 
 def test_a_recipe_may_be_in_any_coding_and_have_values_of_its_own(tmp_path):

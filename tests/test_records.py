@@ -61,6 +61,18 @@ def test_parquet_knows_its_classes(tmp_path):
         assert uris.open_uri(odd).classes == [] and labels(odd) == [0, 1]
 
 
+def test_a_label_beyond_the_names_is_refused(tmp_path):
+    uri = write(tmp_path / "a.parquet", class_label("cat", "ant"), label=[0, 2])
+    with pytest.raises(DataError, match=r"a\.parquet has a label 2, but names 2 classes only"):
+        labels(uri)
+
+
+def test_a_file_name_may_be_in_latin_1(tmp_path):
+    uri = write(tmp_path / "a.parquet", label=[1, 0])
+    (tmp_path / "a.parquet").rename(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.parquet"))
+    assert labels(uri.replace("a.parquet", "*.parquet")) == [1, 0]
+
+
 def test_tfds_knows_its_classes(tmp_path):
     write_tfds(tmp_path, IMAGES[:3], [2, 0, 1])
     source = uris.open_uri(f"tfds:tiny:train?data_dir={tmp_path}")

@@ -211,7 +211,8 @@ def test_every_rule_names_axes_of_the_mesh():
     assert {a for axes in sharding.RULES.values() for a in axes} == set(sharding.AXES)
 
 
-def test_shardings_by_name_by_size_or_whole():
+def test_shardings_by_name_by_size_or_whole(caplog):
+    sharding._say_whole.cache_clear()
     mesh = mesh_of(1, 4, 2)
     struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     named = nn.LogicallyPartitioned(struct(4, 32, 128), ("layers", "embed", "mlp"))
@@ -235,6 +236,8 @@ def test_shardings_by_name_by_size_or_whole():
         "scalar": P(),
         "key": P(),
     }
+    [said] = [r.getMessage() for r in caplog.records]
+    assert said.startswith("16385 rows of [16385] do not divide over fsdp = 4 devices")
 
 
 def test_moments_inherit_the_axes_of_params():

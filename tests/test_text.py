@@ -443,6 +443,13 @@ def test_text_is_tokenized_as_it_is_read(tmp_path, done):
     )
 
 
+def test_a_first_document_without_a_label_hides_no_others(tmp_path, done):
+    write_jsonl(tmp_path / "a.jsonl", ["cat", "mat"], label=None)
+    write_jsonl(tmp_path / "b.jsonl", ["cat", "mat"], label=1)
+    assert not uri.text(f"{tmp_path}/*.jsonl", done).unlabelled
+    assert "column `label`, in lower case" in uri.text(f"{tmp_path}/a.jsonl", done).unlabelled
+
+
 def test_a_class_label_names_the_numbers_of_text(tmp_path, done):
     """As datasets writes it; files that name other classes are no one set."""
 
@@ -456,6 +463,10 @@ def test_a_class_label_names_the_numbers_of_text(tmp_path, done):
     source = uri.text(f"{tmp_path}/*.parquet", done)
     assert source.classes == ["bad", "good"]
     assert [source[i]["label"] for i in range(2)] == [1, 0]
+    write("few", ["bad"])
+    with pytest.raises(DataError, match=r"few\.parquet#0: label 1, but .* names 1 classes only"):
+        len(uri.text(f"{tmp_path}/few.parquet", done))
+    (tmp_path / "few.parquet").unlink()
     write("b", ["good", "bad"])
     with pytest.raises(DataError, match="name other classes"):
         _ = uri.text(f"{tmp_path}/*.parquet", done).classes

@@ -123,8 +123,10 @@ class Load:
             try:
                 record = record or patiently(source, at, source.__getitem__, at)
                 example = patiently(source, at, self.decoded, record, place)
-            except DataError:
-                raise
+            except DataError as error:
+                if type(error) is DataError:
+                    raise
+                raise DataError(str(error)) from error  # a worker's must be known where it arrives
             except (Exception, SystemExit) as error:  # decoders raise what they like: SyntaxError
                 name = record["name"] if record else f"{source}#{at}"
                 names[name] = f"{type(error).__name__}: {error}"
@@ -133,14 +135,24 @@ class Load:
                 known = labelled(record.get("label"), record.get("name", f"record {at}"))
                 example = {**example, "label": np.int32(known.get("label", -1))}
             return example, float(hops > 0)
-        shapes = source.shapes if self.decode is None else self.decode.shapes
-        shapes = shapes | ({"label": ((), np.int32)} if self.labels else {})
+        shapes = self.shapes(source) | ({"label": ((), np.int32)} if self.labels else {})
         return {name: np.zeros(*shape) for name, shape in shapes.items()}, np.inf
+
+    def shapes(self, source: Source) -> Shapes:
+        """Shape and dtype of every array of an example of this source."""
+        return source.shapes if self.decode is None else self.decode.shapes
 
     def decoded(self, record: Record, place: int) -> Example:
         if self.decode is None:
             return {name: x for name, x in record.items() if name not in ("label", "name")}
-        return self.decode(record, order.rng(self.numbers.seed, place))
+        example = self.decode(record, order.rng(self.numbers.seed, place))
+        made = {name: np.shape(x) for name, x in example.items()}
+        if made != (promised := {name: tuple(of) for name, (of, _) in self.decode.shapes.items()}):
+            raise DataError(
+                f"{self.decode} made {made} of {record['name']}, but its `shapes` are {promised}: "
+                "every example has these"
+            )
+        return example
 
 
 def allowed(max_corrupt: float, source: Source) -> int:

@@ -286,10 +286,11 @@ def following(elements: Iterator) -> dict:
     except RuntimeError as error:
         if "Worker process was terminated" not in str(error):
             raise
-        raise DataError(
-            f"a process that reads data is gone ({str(error).split('. ')[0]}); -9 is the kernel's "
-            "when memory runs out: take fewer of them, data.workers=1, or none, data.workers=0"
-        ) from error
+        what = str(error).split(". ")[0]
+        killed = "; the kernel kills so when memory runs out: take fewer of them, data.workers=1,"
+        killed += " or none, data.workers=0"
+        advice = killed if "-9" in what else "; its own message says why, if it left one"
+        raise DataError(f"a process that reads data is gone ({what}){advice}") from error
 
 
 def end(elements: list) -> None:

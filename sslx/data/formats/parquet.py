@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,19 @@ class Parquet(Source):
         pictures = table[column].combine_chunks()
         if pictures.type.num_fields:  # struct<bytes, path>
             pictures = arrow.struct_field(pictures, "bytes")
-        return pictures, None if self.unlabelled else table["label"].to_pylist()
+        return pictures, None if self.unlabelled else self.labels(path, table["label"].to_pylist())
+
+    def labels(self, path: str, values: list) -> list[int | None]:
+        """Labels of a row group as numbers; raises DataError for one beyond the named classes."""
+        if self.label == WORDS:
+            return [self.numbers.get(word) for word in values]
+        most = max((value for value in values if value is not None), default=0)
+        if self.classes and most >= len(self.classes):
+            raise DataError(
+                f"{path} has a label {most}, but names {len(self.classes)} classes only, which "
+                "count from 0: mend the labels, or the names in its metadata"
+            )
+        return values
 
     def check(self):
         super().check()
@@ -131,7 +144,6 @@ class Parquet(Source):
         pictures, labels = self.read(k)
         name = f"{places[k][0]}#{places[k][1]}:{row}"
         label = labels[row] if labels else None
-        label = self.numbers[label] if isinstance(label, str) else label
         return {"image": pictures[row].as_py(), "name": name} | labelled(label, name)
 
 
@@ -198,7 +210,7 @@ def opened(path: str):
     """A file, read and not mapped: of a mapped one that is cut short, a read ends the program."""
     arrow = needs("pyarrow", "pyarrow")
     try:
-        return needs("pyarrow.parquet", "pyarrow").ParquetFile(path)
+        return needs("pyarrow.parquet", "pyarrow").ParquetFile(arrow.OSFile(os.fsencode(path)))
     except (arrow.ArrowInvalid, OSError) as error:
         if isinstance(error, OSError) and lost(error):
             raise

@@ -106,8 +106,18 @@ class Text(Source):
                     f"{row['name']}: label {label!r}: labels are integers from 0, or words, in all "
                     "rows alike"
                 )
+            if self.classes and number >= len(self.classes):
+                raise DataError(
+                    f"{row['name']}: label {number}, but {self.glob} names {len(self.classes)} "
+                    "classes only, which count from 0"
+                )
             documents.append(row if number < 0 else row | {"label": number})
         return documents
+
+    @functools.cached_property
+    def unlabelled(self):
+        labelled = any("label" in row for row in self.documents)
+        return "" if labelled else "no row has a column `label`, in lower case, with a label in it"
 
     @property
     def too_large(self) -> DataError:
