@@ -233,7 +233,7 @@ FAILURES = {
     "exit": "SystemExit: left",
     "x": "Unpicklable: wrong",
     "own": r"^wrong\b",
-    "other": r"Failing\(size=8.* made {'image': \(9, 8, 3\)} of .*, but its `shapes` are {'image': ",
+    "other": r"Failing\(size=8.* made {'image': \(9, 8, 3\)} of .*, but its `shapes` are {'image'",
 }
 
 

@@ -256,6 +256,24 @@ def test_words_are_padded_and_other_vocabularies_said(caplog):
         GivenWords("x")({"word": {"table": jnp.ones((256, 8))}}, {})
 
 
+def test_a_vocabulary_grows_by_a_rule(monkeypatch):
+    """From 90 words to 130, padded to 128 and 256."""
+    table, bias = np.asarray(words(90, 1.0)["word"]["table"]), np.ones(128, np.float32)
+    monkeypatch.setattr(
+        GivenWords, "read", lambda self: {"params/word/table": table, "params/head/bias": bias}
+    )
+    fresh = {
+        "word": {"table": jnp.pad(jnp.full((130, 8), 2.0), ((0, 126), (0, 0)))},
+        "head": {"bias": jnp.zeros(256)},
+    }
+    here = jax.sharding.NamedSharding(sslx.Mesh().build(), jax.sharding.PartitionSpec())
+    rule = ((r".*(word/table|head/bias)", extended),)
+    grown, _ = GivenWords("x", resize=rule)(jax.device_put(fresh, here), {})
+    expected = np.repeat([1.0, 2, 0], (90, 40, 126))
+    np.testing.assert_array_equal(grown["word"]["table"][:, 0], expected)
+    np.testing.assert_array_equal(grown["head"]["bias"], np.repeat([1.0, 0], (128, 128)))
+
+
 @pytest.mark.parametrize(("before", "after"), [(37, 16), (16, 37), (5, 5), (3, 8)])
 @pytest.mark.parametrize("rule", [interpolated, interpolated_by_scale, antialiased])
 def test_tables_of_a_grid_are_resized_as_torch_does(rule, before, after):

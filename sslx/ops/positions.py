@@ -31,10 +31,11 @@ def sincos_2d(rows: int, columns: int, width: int) -> Float[np.ndarray, "N D"]:
     return np.concatenate(halves, axis=1).astype(np.float32)
 
 
-def extended(table: Float[Array, "N D"], fresh: Float[Array, "M D"]) -> Float[Array, "M D"]:
+def extended(table: Float[Array, "N *D"], fresh: Float[Array, "M *D"]) -> Float[Array, "M *D"]:
     """A learned table with `fresh`'s number of rows: its own as far as they go, then fresh ones.
 
-    For text, whose positions count from the start of a window (BERT, from windows of 128 to 512).
+    For text, whose positions count from the start of a window (BERT, from windows of 128 to 512),
+    and for words that a tokenizer got more of.
     """
     return jnp.concatenate([table[: len(fresh)], fresh[len(table) :]])
 
