@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -194,7 +195,7 @@ def eval_(arguments) -> None:
 
     from sslx.run import Run
 
-    on = tuple(arguments.on.split(",")) if arguments.on else ()
+    began, on = time.time(), tuple(arguments.on.split(",")) if arguments.on else ()
     data = tuple(arguments.data) if arguments.data else None
     with bars() as progress:
         columns = Run.open(arguments.workdir).evaluate(
@@ -202,8 +203,9 @@ def eval_(arguments) -> None:
         )
     if jax.process_index():
         return
-    if (pictures := arguments.workdir / "pictures").is_dir():
-        print(f"pictures are in {pictures}")
+    written = arguments.workdir / "pictures"
+    if any(path.stat().st_mtime >= began for path in written.glob("*")):
+        print(f"pictures are in {written}")
     table = Table("", *columns)
     for name in dict.fromkeys(name for of in columns.values() for name in of):
         table.add_row(name, *(f"{of[name]:.4g}" if name in of else "" for of in columns.values()))

@@ -54,7 +54,7 @@ class Launcher:
         missing = [name for name in self.names if name not in known]
         if missing and not (known == [self.count] and self.processes(env) == 1):
             raise ClusterError(
-                f"{', '.join(known)} is set, but {', '.join(missing)} is not: set all of them for "
+                f"{', '.join(known)} set, but not {', '.join(missing)}: set all of them for "
                 f"every process, or none; {BY_HAND.count}=1 is for a process alone."
             )
         if not self.address or missing:

@@ -210,6 +210,8 @@ def train(config: Config, run: Path) -> TrainState:
                 step_fn.trace(abstract_state(config, mesh), fed_batch(config, mesh))
             log = Log(run, config.steps, start)
             try:
+                if start < config.steps:
+                    log.say(extent(config, start))
                 scores = Scores(config, mesh, run, log)
                 state = scores.begin(start, state)
                 if start >= config.steps:
@@ -222,6 +224,15 @@ def train(config: Config, run: Path) -> TrainState:
                 log.close()
     finally:
         checkpoints.close()
+
+
+def extent(config: Config, start: int) -> str:
+    """How long a run is and where it begins, in a sentence."""
+    epochs = config.steps * config.batch_size / len(config.data)
+    return (
+        f"{config.steps:,} steps of {config.batch_size:,} examples are {epochs:.3g} epochs of "
+        f"{len(config.data):,}; from step {start:,}."
+    )
 
 
 def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):

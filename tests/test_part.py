@@ -1,15 +1,14 @@
 """Parts of a source, and recipes that are given data and no test set."""
 
 import inspect
-import logging
 import pickle
 
 import numpy as np
 import pytest
 
 import sslx
-from sslx.data import part
 from sslx.data.part import Part, train_and_test
+from sslx.data.source import warned
 from sslx.recipes import Recipe, load, shipped
 
 
@@ -52,11 +51,12 @@ PUBLISHED = ("digits:train", "digits:test")
 def test_the_test_set_is_the_given_or_the_published_or_held_out(caplog):
     assert train_and_test("digits:train", "", PUBLISHED) == PUBLISHED
     assert train_and_test("digits:", "digits:test", PUBLISHED) == ("digits:", "digits:test")
-    part._say.cache_clear()
-    for _ in range(2):
-        train, test = train_and_test("digits:", "", PUBLISHED)
-        assert (len(train), len(test)) == (1707, 90)
-    assert caplog.text.count("no test= is given: every 20th record of digits: is held out") == 1
+    train, test = train_and_test("digits:", "", PUBLISHED)
+    assert (len(train), len(test)) == (1707, 90) and not caplog.text
+    warned.cache_clear()
+    for data in (test, train, train):
+        data.check()
+    assert caplog.text.count("every 20th record of digits: is held out") == 1
 
 
 def places(source, index):
@@ -70,13 +70,11 @@ def takes_both(name):
 
 
 @pytest.mark.parametrize("name", [name for name in shipped() if "digits" not in name])
-def test_every_recipe_takes_data_alone(name, caplog):
-    caplog.set_level(logging.WARNING)
+def test_every_recipe_takes_data_alone(name):
     if not takes_both(name):
         assert name == "mlm_pydocs"  # it takes no data
         return
     config = load(name, data="digits:")
-    assert "digits:" in caplog.text or not config.evals or part._say.cache_info().hits
     training = {places(config.data.source, i) for i in range(100)}
     for evaluation in config.evals.values():
         held = getattr(evaluation, "test", None) or evaluation.data

@@ -1,18 +1,15 @@
 """Parts of a source: every n-th record, or all the others."""
 
 import functools
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from sslx.data.source import DataError, Shapes, Source
+from sslx.data.source import DataError, Shapes, Source, warned
 from sslx.data.uri import open_uri
 
 HELD_OUT = 20  # one record of so many
-
-log = logging.getLogger("sslx")
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,8 @@ class Part(Source):
     def check(self) -> None:
         self.whole.check()
         super().check()
+        if self.rest:
+            warned(f"every {self.every}th record of {self.source} is held out, to evaluate on")
 
     def suits(self, decode) -> None:
         self.whole.suits(decode)
@@ -109,14 +108,8 @@ def train_and_test(
     """The training and the test set of a recipe.
 
     `test` as given; that of `published` = (data, test), where the data are; else a share of the
-    data is held out, which is said.
+    data is held out.
     """
     if test or data == published[0]:
         return data, test or published[1]
-    _say(data)
     return Part(data, HELD_OUT, rest=True), Part(data, HELD_OUT)
-
-
-@functools.cache  # a recipe is loaded more than once
-def _say(data: str | Source) -> None:
-    log.warning("no test= is given: every %dth record of %s is held out for it", HELD_OUT, data)
