@@ -100,7 +100,7 @@ class Start:
         if jax.dtypes.issubdtype(ours.dtype, jax.dtypes.prng_key):  # stored as plain numbers
             numbers = self.fitted(path, theirs, jax.random.key_data(ours))
             return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(ours))
-        if path.endswith("word/table"):
+        if path.endswith("word/table") and len(theirs) != len(ours):
             theirs = theirs[: used(theirs)]
         if path.endswith(WORDS) and padded(len(theirs)) == len(ours):
             theirs = np.pad(theirs, [(0, len(ours) - len(theirs)), (0, 0)][: theirs.ndim])

@@ -1,7 +1,6 @@
 """Eight fake devices on the CPU, for every test; set before anything imports jax."""
 
 import atexit
-import gc
 import importlib.metadata
 import os
 import shutil
@@ -24,9 +23,6 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # others end at an
 # Threads of XLA's pool. With one for each device, two collectives of one device at a time leave
 # none for another device's, and all wait for ever.
 os.environ["NPROC"] = "32"
-# Tracing makes objects by the million: looking through all of them each time that 700 are new is a
-# twelfth of a test's time.
-gc.set_threshold(200_000, 20, 100)
 # Every process of a session, workers and commands, compiles what another has not.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sslx-compiled-")

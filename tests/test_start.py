@@ -256,6 +256,17 @@ def test_words_are_padded_and_other_vocabularies_said(caplog):
         GivenWords("x")({"word": {"table": jnp.ones((256, 8))}}, {})
 
 
+def test_words_that_are_zeros_count_where_the_size_is_ours(monkeypatch):
+    """284 rows of zeros at the end are more than padding appends."""
+    table = np.zeros((384, 8), np.float32)
+    table[:100] = 1
+    monkeypatch.setattr(GivenWords, "read", lambda self: {"params/word/table": table})
+    here = jax.sharding.NamedSharding(sslx.Mesh().build(), jax.sharding.PartitionSpec())
+    given = jax.device_put({"word": {"table": np.full((384, 8), 2, np.float32)}}, here)
+    taken, _ = GivenWords("x")(given, {})
+    np.testing.assert_array_equal(taken["word"]["table"], table)
+
+
 def test_a_vocabulary_grows_by_a_rule(monkeypatch):
     """From 90 words to 130, padded to 128 and 256."""
     table, bias = np.asarray(words(90, 1.0)["word"]["table"]), np.ones(128, np.float32)

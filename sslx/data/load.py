@@ -135,22 +135,24 @@ class Load:
                 known = labelled(record.get("label"), record.get("name", f"record {at}"))
                 example = {**example, "label": np.int32(known.get("label", -1))}
             return example, float(hops > 0)
-        shapes = self.shapes(source) | ({"label": ((), np.int32)} if self.labels else {})
+        shapes = source.shapes if self.decode is None else self.decode.shapes
+        shapes = shapes | ({"label": ((), np.int32)} if self.labels else {})
         return {name: np.zeros(*shape) for name, shape in shapes.items()}, np.inf
 
-    def shapes(self, source: Source) -> Shapes:
-        """Shape and dtype of every array of an example of this source."""
-        return source.shapes if self.decode is None else self.decode.shapes
+    @cached_property
+    def promised(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each array that the decoder says it makes."""
+        return {name: tuple(shape) for name, (shape, _) in self.decode.shapes.items()}
 
     def decoded(self, record: Record, place: int) -> Example:
         if self.decode is None:
             return {name: x for name, x in record.items() if name not in ("label", "name")}
         example = self.decode(record, order.rng(self.numbers.seed, place))
         made = {name: np.shape(x) for name, x in example.items()}
-        if made != (promised := {name: tuple(of) for name, (of, _) in self.decode.shapes.items()}):
+        if made != self.promised:
             raise DataError(
-                f"{self.decode} made {made} of {record['name']}, but its `shapes` are {promised}: "
-                "every example has these"
+                f"{self.decode} made {made} of {record['name']}, but its `shapes` are "
+                f"{self.promised}: every example has these"
             )
         return example
 
