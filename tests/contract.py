@@ -56,7 +56,7 @@ class Row:
     batch    seed -> what the objective reads, as numpy, BATCH examples
     reorders name -> item 10
     still    params that get no gradient, or only rounding's, path -> the reason
-    falls    share of the first loss that is left after 20 steps of Adam, if not less
+    falls    share of the first loss that is left after 20 steps of gradient descent, if not less
     """
 
     objective: Objective
@@ -64,7 +64,6 @@ class Row:
     reorders: Mapping[str, Reorder]
     still: Mapping[str, str]
     falls: float
-    rate: float = 3e-3
 
 
 # ---- batches and their changes ----
@@ -298,7 +297,6 @@ ROWS = {
         {"examples": Reorder(examples_reversed, same=True)},
         still={},
         falls=0.2,
-        rate=3e-2,
     ),
 }
 
@@ -319,7 +317,7 @@ class Given(Pipeline):
 
 @dataclass(frozen=True)
 class Record(Optimizer):
-    """Plain gradient descent whose state is the last gradient, so that a step shows it."""
+    """Gradient descent with momentum, whose state is the gradient after a first step."""
 
     learning_rate: Constant = Constant(0.1)
 
@@ -330,12 +328,13 @@ class Record(Optimizer):
         return jax.tree.map(jnp.zeros_like, params)
 
     def update(self, grads, opt_state, params, step, layers=None):
-        return jax.tree.map(lambda g: -self.learning_rate(0) * g, grads), grads
+        trace = jax.tree.map(lambda g, old: g + 0.1 * old, grads, opt_state)
+        return jax.tree.map(lambda x: -self.learning_rate(0) * x, trace), trace
 
 
 def config_of(row: Row, **fields) -> Config:
     """A run of `row` without views; `fields` as in Config."""
-    optimizer = AdamW(Constant(row.rate), no_decay="")
+    optimizer = AdamW(Constant(3e-3), no_decay="")
     fields = {"optimizer": optimizer, "steps": 3, "batch_size": BATCH} | fields
     data = Given(digits("train"), Image(8, channels=1), batch=row.batch)
     return Config(row.objective, data, **fields)
@@ -361,24 +360,35 @@ def placed(batch: dict, mesh: jax.sharding.Mesh) -> dict:
 
 
 @functools.cache
+def fresh(name: str) -> states.TrainState:
+    """The state of a row at step 0, on one device."""
+    row = ROWS[name]
+    return states.fresh_state(config_of(row, optimizer=Record()), mesh_of(1, 1, 1))
+
+
+@functools.cache
 def recorded(name: str, *shape: int, objective: Objective | None = None, accumulate: int = 1):
-    """One recorded step on a mesh, state -> (state, metrics), and the fresh state; with another
-    objective on a row's batch if given."""
+    """The compiled step on a mesh, whose optimizer records, (state, seed of the batch) -> (state,
+    metrics), state donated; and the row's fresh state there, of which `jnp.copy` makes another.
+
+    With another objective of the same state if given.
+    """
     row, mesh = ROWS[name], mesh_of(*shape)
     row = replace(row, objective=objective or row.objective)
     config = config_of(row, optimizer=Record(), accumulate=accumulate)
     step = engine.jitted_step(config, mesh)
 
-    def run(state):
+    def run(state, seed=0):
         with jax.set_mesh(mesh):
-            return step(jax.tree.map(jnp.copy, state), placed(row.batch(0), mesh))
+            return step(state, placed(row.batch(seed), mesh))
 
-    return run, states.fresh_state(config, mesh)
+    where = jax.tree.map(lambda x: x.sharding, states.abstract_state(config, mesh))
+    return run, jax.device_put(fresh(name), where)
 
 
 @functools.cache
 def one_step(name: str, *shape: int):
     """(state before, state after, metrics) of one recorded step of a row on a mesh."""
-    step, state = recorded(name, *shape, objective=None)
+    step, state = recorded(name, *shape)
     before = jax.device_get(replace(state, key=jax.random.key_data(state.key)))
-    return before, *step(state)
+    return before, *step(jax.tree.map(jnp.copy, state))
