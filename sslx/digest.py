@@ -9,6 +9,8 @@ from jax import lax
 
 from sslx.types import Array, Tree
 
+NO_MESH = jax.sharding.Mesh(np.empty((), object), (), axis_types=())
+
 Leaf = Array | np.ndarray | jax.ShapeDtypeStruct  # of a state, on the host, or to be restored
 
 
@@ -28,9 +30,11 @@ def digest(state: Tree) -> dict[str, int]:
         where = frozenset(x.sharding.device_set) if on_device(x) else path
         groups.setdefault(where, []).append(path)
     digests = {}
-    for paths in groups.values():
-        pairs = jax.device_get(_lanes([_words(arrays[path]) for path in paths]))
-        digests |= {path: int(a) << 32 | int(b) for path, (a, b) in zip(paths, pairs, strict=True)}
+    with jax.set_mesh(NO_MESH):  # one program, in the loop and outside
+        for paths in groups.values():
+            pairs = jax.device_get(_lanes([_words(arrays[path]) for path in paths]))
+            values = (int(a) << 32 | int(b) for a, b in pairs)
+            digests |= dict(zip(paths, values, strict=True))
     return {path: digests[path] for path in arrays}
 
 

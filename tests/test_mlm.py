@@ -139,14 +139,17 @@ def test_a_padded_vocabulary_computes_what_the_words_alone_do(monkeypatch, exact
     tokens, segments = windows(WORDS)
     batch = {"tokens": jnp.asarray(tokens), "segments": jnp.asarray(segments)}
 
-    step = jnp.int32(0)
-
-    def measure(params):
-        loss = lambda params: objective.loss(params, {}, batch, jax.random.key(3), step)  # noqa: E731
+    @jax.jit
+    def measured(params):
+        key, step = jax.random.key(3), jnp.int32(0)
+        loss = lambda params: objective.loss(params, {}, batch, key, step)  # noqa: E731
         (loss, (_, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return loss, metrics, grads
 
-    params = nn.unbox(objective.init(jax.random.key(0), batch)[0])
+    def measure(params):
+        return jax.device_get(measured(params))
+
+    params = jax.device_get(nn.unbox(jax.jit(objective.init)(jax.random.key(0), batch)[0]))
     padded = {("encoder", "word", "table"), ("head", "bias")}
     flat = flatten_dict(params)
     assert {path for path, x in flat.items() if x.shape[0] == 128} == padded
@@ -269,15 +272,15 @@ def texts(vocabulary, examples=MANY, length=128, seed=0):
 
 @functools.cache
 def masked_by(masking):
-    """Tokens, segments and the jitted key -> what is masked."""
-    tokens, segments = texts(ALL)
-    return tokens, segments, jax.jit(lambda key: masking(key, tokens, segments, ALL))
+    """The jitted (key, tokens, segments) -> what is masked."""
+    return jax.jit(functools.partial(masking, vocabulary=ALL))
 
 
 def hidden(masking, key=0):
     """Tokens, segments, masked tokens and a boolean of what is predicted, as numpy."""
-    tokens, segments, run = masked_by(masking)
-    masked, places, weight = map(np.asarray, run(jax.random.key(key)))
+    tokens, segments = texts(ALL)
+    out = masked_by(masking)(jax.random.key(key), tokens, segments)
+    masked, places, weight = map(np.asarray, out)
     assert places.shape == weight.shape == (MANY, masking.most)
     assert all(len(set(row)) == masking.most for row in places)
     chosen = np.zeros(tokens.shape, bool)
@@ -396,8 +399,8 @@ def test_spans_are_spanbert_s():
         assert cut <= len(chosen)  # at most the last word of a window is cut, by the count
     n = 5_000
     free = jnp.ones((n, 64), bool)
-    one = jax.jit(lambda key: masks.spans(key, free, jnp.full(n, 10), free, most=1))
-    chosen, group = map(np.asarray, one(jax.random.key(0)))
+    one = jax.jit(functools.partial(masks.spans, most=1))
+    chosen, group = map(np.asarray, one(jax.random.key(0), free, jnp.full(n, 10), free))
     room = chosen.argmax(1) < 54
     sizes = chosen[room].sum(1)
     odds = 0.2 * 0.8 ** np.arange(10)
@@ -445,7 +448,7 @@ def test_documents_of_a_window_are_isolated(attention, net, monkeypatch):
     else:
         monkeypatch.setattr(layers, "attention_for", lambda dtype: getattr(layers, attention))
     params = random_params(MLM(MaskedLM(net)))["encoder"]
-    segments = jnp.asarray([[1] * 7 + [2] * 9 + [0] * 4, [1] * 5 + [2] * 5 + [3] * 10])
+    segments = np.asarray([[1] * 7 + [2] * 9 + [0] * 4, [1] * 5 + [2] * 5 + [3] * 10])
     x = jax.random.normal(jax.random.key(0), (2, 20, net.width))
     train = {"train": True, "rngs": {"dropout": jax.random.key(1)}}
 
@@ -459,19 +462,21 @@ def test_documents_of_a_window_are_isolated(attention, net, monkeypatch):
 
     for document in (1, 2, 3):
         own = segments == document
-        alone, joined = slope(segments, own), slope(jnp.ones_like(segments), own)
+        alone, joined = map(np.asarray, (slope(segments, own), slope(segments * 0 + 1, own)))
         assert not alone[~own].any()
         rows = own.any(1)
         assert (alone[own] > 1e-4).all() and (joined[rows] > 0).mean() > 0.9
 
 
 def test_all_attentions_are_one():
-    qkv = jax.random.normal(jax.random.key(0), (6, 20, 3, 4, 8))
-    segments = jnp.sort(jax.random.randint(jax.random.key(1), (6, 20), 0, 4), axis=1)
+    r = np.random.default_rng(0)
+    qkv = r.normal(size=(6, 20, 3, 4, 8)).astype(np.float32)
+    segments = np.sort(r.integers(0, 4, (6, 20)), axis=1)
+    dropped = functools.partial(layers.dropped, drop=lambda x: x)
     for given in (None, segments):
-        expected = layers.fused(qkv, given)
-        for found in (layers.cached(qkv, given), layers.dropped(qkv, given, lambda x: x)):
-            np.testing.assert_allclose(found, expected, atol=1e-5)
+        expected = jax.jit(layers.fused)(qkv, given)
+        for attention in (layers.cached, dropped):
+            np.testing.assert_allclose(jax.jit(attention)(qkv, given), expected, atol=1e-5)
 
 
 def test_a_document_is_the_same_wherever_it_lies():
@@ -479,11 +484,11 @@ def test_a_document_is_the_same_wherever_it_lies():
     params = random_params(MLM(MaskedLM(BERT)))["encoder"]
     params["position"] = jax.tree.map(np.zeros_like, params["position"])
     tokens, _ = windows(WORDS, examples=1, length=10)
-    alone = BERT.apply({"params": params}, jnp.asarray(tokens))
+    apply = jax.jit(BERT.apply)
+    alone = apply({"params": params}, tokens)
     packed = np.concatenate([tokens[:, ::-1], tokens, np.zeros((1, 4), np.int32)], 1)
-    segments = jnp.asarray(np.repeat([[1, 2, 0]], [10, 10, 4], 1))
-    found = BERT.apply({"params": params}, jnp.asarray(packed), segments)
-    np.testing.assert_allclose(found[:, 10:20], alone, atol=1e-5)
+    found = apply({"params": params}, packed, np.repeat([[1, 2, 0]], [10, 10, 4], 1))
+    np.testing.assert_allclose(np.asarray(found)[:, 10:20], alone, atol=1e-5)
 
 
 # ---- the net ----
@@ -491,12 +496,12 @@ def test_a_document_is_the_same_wherever_it_lies():
 
 def test_only_places_asked_for_are_projected():
     net = MaskedLM(BERT)
-    params, (tokens, segments) = random_params(MLM(net)), map(jnp.asarray, windows(WORDS))
-    whole = jnp.broadcast_to(jnp.arange(20), tokens.shape)
-    places = jnp.asarray([[3, 1], [0, 7], [7, 0], [5, 5]])
-    logits = net.apply({"params": params}, tokens, segments, whole)
-    few = net.apply({"params": params}, tokens, segments, places)
-    expected = jnp.take_along_axis(logits, places[..., None], 1)
+    params, given, apply = random_params(MLM(net)), windows(WORDS), jax.jit(net.apply)
+    whole = np.broadcast_to(np.arange(20), given[0].shape)
+    places = np.asarray([[3, 1], [0, 7], [7, 0], [5, 5]])
+    logits = np.asarray(apply({"params": params}, *given, whole))
+    few = apply({"params": params}, *given, places)
+    expected = np.take_along_axis(logits, places[..., None], 1)
     np.testing.assert_allclose(few, expected, atol=1e-5)
     assert few.dtype == jnp.float32
 
@@ -515,13 +520,14 @@ def test_dropout_is_that_of_the_key_and_of_training():
     params = {"params": random_params(MLM(MaskedLM(net)))["encoder"]}
     tokens, segments = map(jnp.asarray, windows(WORDS))
 
+    @jax.jit
     def run(key):
         rngs = {"dropout": jax.random.key(key)}
         return net.apply(params, tokens, segments, train=True, rngs=rngs)
 
     assert np.array_equal(run(0), run(0)) and not np.array_equal(run(0), run(1))
-    quiet = net.apply(params, tokens, segments)
-    np.testing.assert_array_equal(quiet, BERT.apply(params, tokens, segments))
+    quiet = jax.jit(net.apply)(params, tokens, segments)
+    np.testing.assert_array_equal(quiet, jax.jit(BERT.apply)(params, tokens, segments))
     # Of what attention adds a tenth is zero, and the rest is larger: on average it stays.
     x = jnp.ones((64, 20, 3, 4, 8))
     drop = nn.Dropout(0.1, deterministic=False).bind({}, rngs={"dropout": jax.random.key(0)})
@@ -852,12 +858,16 @@ def test_held_out_perplexity():
     objective = MLM(MaskedLM(BERT), Masking(most=4))
     params = random_params(objective)
     views, loss, hits, targets = Views(Chain(()), Chain(())), [], [], []
-    for i, batch in enumerate(held().epoch(16)):
+
+    @jax.jit
+    def predicted(i, tokens, segments):
         key = jax.random.split(jax.random.fold_in(jax.random.key(0), i))[1]
-        tokens, segments = jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"])
         masked, places, weight = objective.mask(key, tokens, segments)
-        logits = objective.net.apply({"params": params}, masked, segments, places)
-        logits = np.asarray(logits, np.float64)
+        return objective.net.apply({"params": params}, masked, segments, places), places, weight
+
+    for i, batch in enumerate(held().epoch(16)):
+        out = jax.device_get(predicted(i, batch["tokens"], batch["segments"]))
+        logits, places, weight = np.asarray(out[0], np.float64), *out[1:]
         p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         for row in np.flatnonzero(batch["valid"]):
             for j in np.flatnonzero(weight[row]):
@@ -885,8 +895,8 @@ def test_features_do_not_count_padding():
     data = Pipeline(arrays(tokens=tokens, segments=segments))
     found = extract(encoder_of(BERT, params), Chain(()), data, 4).x
     for row, real in enumerate((segments > 0).sum(1)):
-        alone = BERT.apply(params, jnp.asarray(tokens[row : row + 1, :real])).mean(1)[0]
-        np.testing.assert_allclose(found[row], alone, atol=1e-5)
+        alone = np.asarray(jax.jit(BERT.apply)(params, tokens[row : row + 1, :real]))
+        np.testing.assert_allclose(found[row], alone.mean(1)[0], atol=1e-5)
     floor = extract(encoder_of(BERT, params).floor, Chain(()), data, 4).x
     for row, real in enumerate((segments > 0).sum(1)):
         expected = np.bincount(tokens[row, :real], minlength=97) / real
@@ -901,9 +911,9 @@ def test_fill_gives_the_likeliest_words(tmp_path):
     params = random_params(objective)
     found = fill(objective, params, tokenizer, "w1 [MASK] w3 [MASK]", count=3)
     assert len(found) == 2 and all(len(row) == 3 for row in found)
-    tokens = jnp.asarray([[2, 6, 4, 8, 4, 3]])
-    logits = objective.net.apply({"params": params}, tokens, None, jnp.asarray([[2, 4]]))[0]
-    p = np.exp(np.asarray(logits, np.float64))
+    tokens, places = np.asarray([[2, 6, 4, 8, 4, 3]]), np.asarray([[2, 4]])
+    logits = jax.jit(objective.net.apply)({"params": params}, tokens, None, places)
+    p = np.exp(np.asarray(logits, np.float64)[0])
     p /= p.sum(-1, keepdims=True)
     words = [*SPECIAL, *(f"w{i}" for i in range(92))]
     for row, odds in zip(found, p, strict=True):

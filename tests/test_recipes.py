@@ -1,10 +1,10 @@
 """Recipes are found by name from any folder, import their neighbors, and are copied with them."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -204,11 +204,13 @@ def test_a_neighbor_called_recipe_is_refused(tmp_path):
         Recipe(recipe).save(tmp_path / "run")
 
 
-def test_every_package_is_listed():
-    """pyproject names packages one by one, so that recipes are among them."""
-    listed = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {path.parent.relative_to(REPO) for path in (REPO / "sslx").rglob("*.py")}
-    assert set(listed) == {".".join(path.parts) for path in folders} | {"sslx.configs"}
+def test_a_checkout_is_imported_from_the_folder_that_holds_it(tmp_path):
+    """Where a folder `sslx`, with no `__init__.py` in it, lies in Python's way."""
+    (tmp_path / "sslx").symlink_to(REPO)
+    alone = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    code = [sys.executable, "-c", "import sslx; sslx.Config; print(sslx.__file__)"]
+    done = subprocess.run(code, cwd=tmp_path, env=alone, capture_output=True, text=True)
+    assert done.stdout.strip() == str(REPO / "sslx" / "__init__.py"), done.stderr
 
 
 def test_a_wheel_holds_recipes_types_and_license(tmp_path):

@@ -61,9 +61,9 @@ def test_the_readme_goes_from_an_array_to_features(tmp_path, monkeypatch):
     code = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
     first, debugging = code
     assert len(first.split("\n\n")) == 2 and len(first.replace("\n\n", "\n").splitlines()) == 10
-    said = commands.run(code=first.replace("steps=500", "steps=20"))
+    said = commands.run(code=first.replace("steps=500", "steps=5"))
     run = sslx.Run.open("runs/array")
-    assert run.metrics()["step"].max() == 20 and run.config.steps == 20
+    assert run.metrics()["step"].max() == run.config.steps == 5
     assert f"(1797, 64) {run.metrics()['loss']}" in said
     loss = float(re.search(r"\(Array\((.*?),", commands.run(code=debugging))[1])
     assert 0 < loss < 2 * run.metrics()["loss"][-1]
