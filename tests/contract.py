@@ -361,15 +361,15 @@ def placed(batch: dict, mesh: jax.sharding.Mesh) -> dict:
 
 @functools.cache
 def fresh(name: str) -> states.TrainState:
-    """The state of a row at step 0, on one device."""
-    row = ROWS[name]
-    return states.fresh_state(config_of(row, optimizer=Record()), mesh_of(1, 1, 1))
+    """The state of a row at step 0, drawn on one device, as numpy; its key as numbers."""
+    state = states.fresh_state(config_of(ROWS[name], optimizer=Record()), mesh_of(1, 1, 1))
+    return jax.device_get(replace(state, key=jax.random.key_data(state.key)))
 
 
 @functools.cache
 def recorded(name: str, *shape: int, objective: Objective | None = None, accumulate: int = 1):
-    """The compiled step on a mesh, whose optimizer records, (state, seed of the batch) -> (state,
-    metrics), state donated; and the row's fresh state there, of which `jnp.copy` makes another.
+    """The step on a mesh, whose optimizer records, (state, seed of the batch) -> (state, metrics),
+    state donated; and what gives the row's fresh state there.
 
     With another objective of the same state if given.
     """
@@ -383,12 +383,16 @@ def recorded(name: str, *shape: int, objective: Objective | None = None, accumul
             return step(state, placed(row.batch(seed), mesh))
 
     where = jax.tree.map(lambda x: x.sharding, states.abstract_state(config, mesh))
-    return run, jax.device_put(fresh(name), where)
+
+    def start():
+        state = jax.tree.map(np.copy, fresh(name))
+        return jax.device_put(replace(state, key=jax.random.wrap_key_data(state.key)), where)
+
+    return run, start
 
 
 @functools.cache
 def one_step(name: str, *shape: int):
     """(state before, state after, metrics) of one recorded step of a row on a mesh."""
-    step, state = recorded(name, *shape)
-    before = jax.device_get(replace(state, key=jax.random.key_data(state.key)))
-    return before, *step(jax.tree.map(jnp.copy, state))
+    step, start = recorded(name, *shape)
+    return fresh(name), *step(start())

@@ -71,8 +71,8 @@ def trained(name: str):
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(seconds)
 
-    step, state = recorded(name, 1, 8, 1)
-    states = [jax.tree.map(jnp.copy, state)]
+    step, start = recorded(name, 1, 8, 1)
+    states = [start()]
     state, said = step(states[0], 0)
     states, metrics = [*states, state], [said]
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -127,8 +127,8 @@ def test_04_every_param_gets_a_gradient(name):
 
 @every_row
 def test_05_loss_falls_on_a_fixed_batch(name):
-    (step, state), losses = recorded(name, 1, 8, 1), []
-    state = jax.tree.map(jnp.copy, state)
+    (step, start), losses = recorded(name, 1, 8, 1), []
+    state = start()
     for _ in range(25):
         state, said = step(state)
         losses.append(float(said["loss"]))
@@ -234,11 +234,10 @@ def test_11_half_precision_keeps_what_matters_in_float32(name):
         with mesh:
             assert losses(jax.make_jaxpr(row.objective.loss)(*abstract(row))) == []
 
-    def gradient(change=lambda x: x, **other):
+    def gradient(change=lambda params: params, **other):
         """(loss, gradient) of the first step on params that `change` has rounded."""
-        step, state = recorded(name, 1, 1, 1, **other)
-        state = jax.tree.map(jnp.copy, state)
-        after, said = step(replace(state, params=jax.tree.map(change, state.params)))
+        step, start = recorded(name, 1, 1, 1, **other)
+        after, said = step(replace(start(), params=change(start().params)))
         return jax.device_get((said["loss"], after.opt_state))
 
     def apart(grads):
@@ -248,7 +247,8 @@ def test_11_half_precision_keeps_what_matters_in_float32(name):
     rough, grads = gradient(objective=row.objective)
     assert relative(rough, loss) < 2e-2
     # Params, activations and gradients are rounded; BatchNorm over 16 examples makes that large.
-    _, rounded = gradient(lambda x: x.astype(jnp.bfloat16).astype(x.dtype))
+    rounding = lambda x: x.astype(jnp.bfloat16).astype(x.dtype)  # noqa: E731
+    _, rounded = gradient(jax.jit(functools.partial(jax.tree.map, rounding)))
     assert apart(grads) < max(2e-2, 3 * apart(rounded))
 
 
@@ -263,8 +263,8 @@ def test_12_accumulated_is_the_whole_batch_or_refused(name):
             state_of.abstract_state(config_of(row, accumulate=2), mesh_of(*shape))
         return
     for accumulate in (1, 2):
-        step, state = recorded(name, *shape, objective=row.objective, accumulate=accumulate)
-        results.append(step(jax.tree.map(jnp.copy, state)))
+        step, start = recorded(name, *shape, objective=row.objective, accumulate=accumulate)
+        results.append(step(start()))
     (whole, one), (summed, many) = results
     assert relative(many["loss"], one["loss"]) < 1e-6
     assert worst(moving(name, summed.opt_state), moving(name, whole.opt_state)) < 1e-5
