@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import flax
@@ -45,22 +44,14 @@ def layers_of(config: Config, batch: Batch) -> Tree:
 
 def boxed_state(config: Config, batch: Tree) -> TrainState:
     """Shapes and dtypes of the state for batches like `batch`; params carry their axes' names."""
-    return jax.eval_shape(lambda: _init(config, _shapes(batch))(new_key(config)))
-
-
-def _shapes(batch: Tree) -> tuple:
-    return tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
+    return _boxed(config, tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items())))
 
 
 @functools.lru_cache(maxsize=16)
-def _init(config: Config, shapes: tuple) -> Callable[[Array], TrainState]:
-    """`init_state` for batches of these (name, shape, dtype), root key -> state; traced once."""
-
-    def init(key: Array) -> TrainState:
-        batch = {name: jnp.zeros(shape, dtype) for name, shape, dtype in shapes}
-        return init_state(key, batch, config=config)
-
-    return jax.jit(init)
+def _boxed(config: Config, shapes: tuple) -> TrainState:
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in shapes}
+    fresh = lambda batch: init_state(new_key(config), batch, config=config)  # noqa: E731
+    return jax.eval_shape(fresh, batch)
 
 
 def check(config: Config) -> jax.sharding.Mesh:
@@ -99,9 +90,14 @@ def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Tree:
 def fresh_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """A state at random init, made in one jitted function, so that no two leaves are one array."""
     where = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
-    init = _init(config, _shapes(abstract_batch(config, mesh)))
+    shapes = {k: (x.shape, x.dtype) for k, x in abstract_batch(config, mesh).items()}
+
+    def make(key):
+        batch = {name: jnp.zeros(*shape) for name, shape in shapes.items()}
+        return unbox(init_state(key, batch, config=config))
+
     with jax.set_mesh(mesh):
-        return jax.jit(lambda key: unbox(init(key)), out_shardings=where)(new_key(config))
+        return jax.jit(make, out_shardings=where)(new_key(config))
 
 
 def first_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
