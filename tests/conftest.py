@@ -14,6 +14,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",  # most of a test's time is compiling
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_collective_call_terminate_timeout_seconds=900",  # on a busy machine 40 abort
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300",
     ]

@@ -77,7 +77,7 @@ def pictures(path, corrupt=(), label=True):
 OVERRIDES = {
     "stepz=3": "tiny.py has no 'stepz': did you mean 'steps'?",
     "objective.encoder.widht=8": "did you mean 'width'?",
-    "objective.encoder=8": "objective.encoder is a ViT: set one of objective.encoder.width",
+    "objective.encoder=8": "objective.encoder is a Patches: set one of objective.encoder.width",
     "steps": "'steps' is no override: write name=value.",
     "steps=many": "steps=many: expected int",
     "steps=2.5": "steps=2.5: expected int",
@@ -204,7 +204,7 @@ def test_too_many_corrupt_pictures_stop_the_run(tmp_path, capfd):
 
 @pytest.mark.parametrize("every", [20, 25])
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capfd, every):
-    assert train(TINY, "poison=25", f"save_every={every}", "--workdir", tmp_path) == 1
+    assert train(TINY, "objective.poison=25", f"save_every={every}", "--workdir", tmp_path) == 1
     *_, said = capfd.readouterr().err.splitlines()
     kept = "the newest checkpoint from before is step 20" if every < 25 else "nothing saved"
     assert said.startswith("sslx: Step 25: loss nan, grad_norm nan, ") and kept in said
@@ -214,7 +214,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capfd, every):
 
 
 def test_a_step_that_is_no_number_is_skipped_on_request(tmp_path, capfd):
-    assert train(TINY, "poison=25", "nonfinite=skip", "--workdir", tmp_path) == 0
+    assert train(TINY, "objective.poison=25", "nonfinite=skip", "--workdir", tmp_path) == 0
     assert "skipped 1" in capfd.readouterr().err
     assert [row.get("skipped") for row in rows(tmp_path)][4:] == [None, 1, 1, 1, 1]
     state = load(tmp_path / "checkpoints")
@@ -225,7 +225,7 @@ def test_a_step_that_is_no_number_is_skipped_on_request(tmp_path, capfd):
 def test_params_that_overflow_under_a_good_loss_are_not_saved(tmp_path, capfd):
     args = ("optimizer.learning_rate.value=1e999", "save_every=1", "--workdir", tmp_path)
     assert train(TINY, *args) == 1
-    assert "Step 1: loss 1." in capfd.readouterr().err
+    assert "Step 1: loss 0." in capfd.readouterr().err
     assert steps(tmp_path) == []
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import PIL.Image
@@ -240,7 +240,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error, text", FAILURES.items())
 def test_an_exception_in_a_decoder_arrives_with_its_text(small, error, text, workers):
     began = time.monotonic()
@@ -267,17 +267,18 @@ class Noisy:
         return {"pixel": np.int32(pixel), "noise": np.float32(rng.random())}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_decoder_s_random_numbers_are_those_of_seed_step_and_row(small, workers):
+def test_a_decoder_s_random_numbers_are_those_of_seed_step_and_row(small):
     """(seed, step * batch_size + row) keys Philox; hosts, workers and restarts do not matter."""
-    pipeline = Pipeline(small, Noisy(), workers=workers)
+    pipeline = Pipeline(small, Noisy(), workers=0)
     whole = take(pipeline.batches(seed=3, batch_size=8), 6)
     for step, batch in enumerate(whole):
         for row, noise in enumerate(batch["noise"]):
             key = np.array([3, step * 8 + row], np.uint64)
             rng = np.random.Generator(np.random.Philox(key=key))
             assert noise == np.float32(rng.random())
-    parts = [take(pipeline.batches(3, 8, 2, rows), 4) for rows in shares(8, 2)]
+    processes = replace(pipeline, workers=2)
+    hosts = zip((pipeline, processes), shares(8, 2), strict=True)
+    parts = [take(host.batches(3, 8, 2, rows), 4) for host, rows in hosts]
     for k, batch in enumerate(whole[2:]):
         for name, x in batch.items():
             joined = np.concatenate([part[k][name] for part in parts])
@@ -397,7 +398,7 @@ def test_epoch_marks_what_stands_in_for_corrupt_records(spoiled):
     assert len(batches.dropped) == 4
 
 
-@pytest.mark.parametrize("max_corrupt, workers", [(0.05, 0), (0.01, 0), (0.0, 0), (0.05, 2)])
+@pytest.mark.parametrize("max_corrupt, workers", [(0.05, 0), (0.01, 0), (0.0, 0), (0.05, 1)])
 def test_too_many_corrupt_records_stop_the_run(spoiled, max_corrupt, workers):
     pipeline = Pipeline(spoiled[0], Image(8), max_corrupt=max_corrupt, workers=workers)
     with pytest.raises(DataError, match=r"spoiled\.parquet#\d:\d+ \(.*raise max_corrupt"):

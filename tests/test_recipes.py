@@ -25,7 +25,7 @@ NEIGHBORS = {
 
 def folder_of(path, **changes):
     """A recipe with neighbors: tiny.py, whose width is another module's."""
-    tiny = TINY.read_text().replace("ViT(16, ", "ViT(WIDTH, ")
+    tiny = TINY.read_text().replace("Patches(16, ", "Patches(WIDTH, ")
     tiny = tiny.partition('"""\n')[2]
     for name, text in (NEIGHBORS | changes).items():
         (path / name).write_text(text.replace("{tiny}", tiny))
@@ -174,7 +174,7 @@ def test_an_error_in_what_a_recipe_defines_shows_its_line_alone(tmp_path, capfd)
     from sslx.cli import main
 
     recipe = folder_of(tmp_path)
-    line = "loss, aux = super().loss(params, buffers, batch, key, step)"
+    line = "loss = jnp.square(pixels - patchify(image, self.encoder.patch)).mean()"
     wrong = line + "\n        loss = loss.nonsense"
     recipe.write_text(recipe.read_text().replace(line, wrong))
     assert main(["train", str(recipe), "--workdir", str(tmp_path / "run")]) == 1

@@ -332,7 +332,7 @@ def pictures(accumulate: int) -> Config:
 def compiled(accumulate: int, *shape: int):
     config, mesh = pictures(accumulate), mesh_of(*shape)
     with jax.set_mesh(mesh):
-        given = states.abstract_state(config, mesh), states.abstract_batch(config, mesh)
+        given = states.abstract_state(config, mesh), engine.fed_batch(config, mesh)
         return engine.jitted_step(config, mesh).lower(*given).compile()
 
 

@@ -225,7 +225,7 @@ def test_a_color_model_is_not_imported_into_a_gray_recipe(mae, tmp_path):
     side = json.loads((mae / "config.json").read_text())["image_size"]
     said = f"the model of {mae} reads pictures of num_channels=3, and those of the recipe have 1"
     with pytest.raises(ValueError, match=said):
-        import_checkpoint(mae, tmp_path / "run", TINY, (f"size={side}",))
+        import_checkpoint(mae, tmp_path / "run", TINY, ("mae=True", f"size={side}"))
     assert not (tmp_path / "run").exists()
 
 

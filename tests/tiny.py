@@ -6,8 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from sslx.config import Config
 from sslx.data.image import Image
@@ -16,11 +18,16 @@ from sslx.data.source import Source
 from sslx.evals.health import Health
 from sslx.evals.knn import KNN
 from sslx.evals.probes import Probes
+from sslx.models.encoder import Floor, Signature, encoder
+from sslx.models.layers import Dense
 from sslx.models.vit import ViT
+from sslx.objectives.base import Objective
 from sslx.objectives.mae import MAE, Decoder
+from sslx.ops.image import thumbnail
+from sslx.ops.patches import grid, patchify
 from sslx.optim import AdamW
 from sslx.schedules import Constant
-from sslx.views import mae
+from sslx.views import mae as crop
 
 BATCHES = Counter()
 
@@ -50,15 +57,55 @@ class Held(Source):
         return super().records(indices)
 
 
-@dataclass(frozen=True)
-class Poisoned(MAE):
-    """MAE whose loss is not a number at one step."""
+class Patches(nn.Module):
+    """Image [B, H, W, C] -> tokens [B, N, D], each of its own patch alone."""
 
+    width: int
+    patch: int
+
+    @property
+    def signature(self) -> Signature:
+        return Signature(("image",), floor=Floor("pixels", thumbnail))
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        x = Dense(self.width, (None, "embed"), name="patch")(patchify(image, self.patch))
+        return Dense(self.width, ("embed", "mlp"), name="mlp")(jnp.tanh(x))
+
+
+@dataclass(frozen=True)
+class Denoiser(Objective):
+    """An image from the half of its pixels; its loss is not a number at step `poison`.
+
+    (It stands for every method where the loop, checkpoints and the command line are tested: it
+    compiles in a third of the time of MAE, and draws, shards and learns as that does.)
+    """
+
+    encoder: Patches
     poison: int = -1
 
+    def init(self, key, batch):
+        image, keys = batch["image"], jax.random.split(key)
+        encoder = self.encoder.init(keys[0], image)["params"]
+        tokens = self.encoder.apply({"params": encoder}, image)
+        return {
+            "encoder": encoder,
+            "pixels": self.pixels(image).init(keys[1], tokens)["params"],
+        }, {}
+
     def loss(self, params, buffers, batch, key, step):
-        loss, aux = super().loss(params, buffers, batch, key, step)
-        return jnp.where(step + 1 == self.poison, jnp.nan, 1.0) * loss, aux
+        image = batch["image"]
+        seen = image * jax.random.bernoulli(key, shape=image.shape)
+        tokens = self.encoder.apply({"params": params["encoder"]}, seen, train=True)
+        pixels = self.pixels(image).apply({"params": params["pixels"]}, tokens)
+        loss = jnp.square(pixels - patchify(image, self.encoder.patch)).mean()
+        return jnp.where(step + 1 == self.poison, jnp.nan, 1.0) * loss, (buffers, {})
+
+    def pixels(self, image):
+        return Dense(grid(image, self.encoder.patch)[2], ("mlp", None))
+
+    def encoders(self, params, buffers):
+        return {"encoder": encoder(self.encoder, {"params": params["encoder"]})}
 
 
 def config(
@@ -68,16 +115,15 @@ def config(
     size: int = 8,
     channels: int = 1,
     probes: bool = False,
-    poison: int = -1,
+    mae: bool = False,
 ) -> Config:
     decode = Image(size, channels=channels)
+    autoencoder = MAE(ViT(16, 1, 2, patch=2, remat="none"), Decoder(16, 1, 2, remat="none"))
     sets = (Pipeline(f"digits:{split}", decode) for split in ("train", "test"))
     return Config(
-        objective=Poisoned(
-            ViT(16, 1, 2, patch=2, remat="none"), Decoder(16, 1, 2, remat="none"), poison=poison
-        ),
+        objective=autoencoder if mae else Denoiser(Patches(16, 2)),
         data=Pipeline(data or Held(), decode, max_corrupt=0.1),
-        views=mae(size, statistics=((0.3,), (0.37,))),
+        views=crop(size, statistics=((0.3,), (0.37,))),
         optimizer=AdamW(Constant(1e-3), weight_decay=0.01),
         steps=steps,
         batch_size=batch_size,

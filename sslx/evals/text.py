@@ -81,6 +81,20 @@ def _sums(objective: MLM, view, sharding: NamedSharding | None):
     return jax.jit(sums, out_shardings=sharding and NamedSharding(sharding.mesh, P()))
 
 
+@functools.lru_cache(maxsize=4)
+def _likeliest(objective: MLM, count: int):
+    """The jitted (params, tokens [L], segments [L], places [M]) -> probabilities and ids of the
+    likeliest words, [M, count] each."""
+
+    def likeliest(params: Params, tokens: Array, segments: Array, places: Array):
+        batch = tokens[None], segments[None], places[None]
+        return jax.lax.top_k(
+            jax.nn.softmax(objective.net.apply({"params": params}, *batch)[0]), count
+        )
+
+    return jax.jit(likeliest)
+
+
 def fill(
     objective: MLM, params: Params, tokenizer: Any, text: str, count: int = 5
 ) -> list[list[tuple[str, float]]]:
@@ -95,15 +109,14 @@ def fill(
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = False
     ids = [i for i in tokenizer.encode(text).ids if i not in (words.start, words.end)]
-    tokens = np.array([[words.start, *ids, words.end]], np.int32)
-    places = np.flatnonzero(tokens[0] == words.mask)[None]
+    tokens = np.array([words.start, *ids, words.end], np.int32)
+    places = np.flatnonzero(tokens == words.mask)
     if not places.size:
         name = tokenizer.id_to_token(words.mask)
         raise ValueError(f"There is no {name} in {text!r}: write it where a word is missing.")
-    tokens, places = jnp.asarray(tokens), jnp.asarray(places)
-    logits = objective.net.apply({"params": params}, tokens, None, places)[0]
-    share, best = jax.lax.top_k(jax.nn.softmax(logits), count)
-    share, best = np.asarray(share), np.asarray(best)
+    blank = (0, max(0, objective.net.encoder.length - len(tokens)))  # one program for all texts
+    window = np.pad(tokens, blank, constant_values=words.pad), np.pad(np.ones_like(tokens), blank)
+    share, best = jax.device_get(_likeliest(objective, count)(params, *window, places))
     return [
         [(tokenizer.decode([i]).strip(), float(p)) for i, p in zip(*row, strict=True)]
         for row in zip(best.tolist(), share.tolist(), strict=True)
