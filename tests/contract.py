@@ -69,11 +69,16 @@ class Row:
 # ---- batches and their changes ----
 
 
+@functools.cache
+def images() -> np.ndarray:
+    """Digits, float32 [1437, 8, 8, 1] in 0..1."""
+    return digits("train").arrays[0].astype(np.float32) / 255
+
+
 def pictures(seed: int) -> dict:
     """Normalized digits, [B, 8, 8, 1]."""
-    images = digits("train").arrays[0].astype(np.float32) / 255
-    rows = np.random.default_rng(seed).choice(len(images), BATCH, replace=False)
-    return {"image": (images[rows] - 0.3) / 0.37}
+    rows = np.random.default_rng(seed).choice(len(images()), BATCH, replace=False)
+    return {"image": (images()[rows] - 0.3) / 0.37}
 
 
 def two_views(seed: int) -> dict:

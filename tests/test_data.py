@@ -179,9 +179,9 @@ def test_a_program_keeps_its_main_and_leaves_nothing_behind(small, tmp_path, clo
         "        return example | {'image': example['image'] // 2}\n"
         "if __name__ == '__main__':\n"
         "    main = dict(vars(sys.modules['__main__']))\n"
-        f"    it = Pipeline({small!r}, Dark(8), workers=2).batches(0, 4)\n"
+        f"    it = Pipeline({small!r}, Dark(8), workers=1).batches(0, 4)\n"
         "    images = [next(it)['image'] for _ in range(3)]\n"
-        "    assert len(multiprocessing.active_children()) == 2\n"
+        "    assert len(multiprocessing.active_children()) == 1\n"
         "    assert main.items() <= vars(sys.modules['__main__']).items()\n"
         "    if 'close' in sys.argv: it.close(); assert not multiprocessing.active_children()\n"
         "    print('ran', max(x.max() for x in images) < 128, __file__[-10:])\n"
@@ -368,7 +368,7 @@ def spoiled(tmp_path):
     return uri, {"#0:7", "#0:8", "#0:20", "#2:9"}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_corrupt_records_give_way_to_the_next(spoiled, workers, caplog):
     uri, names = spoiled
     good = [i for i in range(60) if i not in (7, 8, 20, 59)]

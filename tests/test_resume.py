@@ -95,10 +95,10 @@ def test_eight_devices_reach_what_one_does(whole, eight):
 
 def test_no_worker_outlives_a_kill(tmp_path):
     held_at = {"HELD_AFTER": 20, "HELD": tmp_path}
-    process = start("train", TINY, "data.workers=2", "--workdir", tmp_path, **held_at)
+    process = start("train", TINY, "data.workers=1", "--workdir", tmp_path, **held_at)
     try:
         until(lambda: losses(tmp_path), process)
-        assert len(group(process)) >= 3
+        assert len(group(process)) >= 2
         process.kill()
         process.wait()
         until(lambda: not group(process), seconds=30)
@@ -109,7 +109,7 @@ def test_no_worker_outlives_a_kill(tmp_path):
 # ---- signals ----
 
 
-@pytest.mark.parametrize("signum, workers", [(signal.SIGTERM, 2), (signal.SIGINT, 0)])
+@pytest.mark.parametrize("signum, workers", [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
 def test_a_signal_to_the_group_saves_and_ends(whole, tmp_path, signum, workers):
     path, hold = tmp_path / "run", tmp_path / "hold"
     hold.touch()
