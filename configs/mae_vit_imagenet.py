@@ -5,9 +5,9 @@
 Published after 1,600 epochs: fine-tuning B 83.6, L 85.9, H 86.9; linear probe B 68.0, L 75.8,
 H 76.6. Ours: no run yet. FAIR's ViT-L takes 42 hours on 64 V100 for 800 epochs.
 
-Compiled for TPU v5e:4x4 on 2026-11-20 (tests/benchmarks/pod.py, jax 0.10.2, libtpu 0.0.42), ViT-L,
-64 images a device, fsdp=16: 1.10 GB of temporaries a device and 249 million cycles a step; with
-remat=dots 4.38 GB and 256 million, so all of a block is computed again here.
+Compiled for TPU v5e:4x4 (`sslx plan`, 2026-11-29, jax 0.10.1, libtpu 0.0.41), ViT-L, 64 images a
+device, fsdp=16: 1.10 GB of temporaries a device. With remat=dots 4.38 GB and 3 % more cycles by the
+compiler's own estimate (2026-11-20, 0.10.2), so all of a block is computed again here.
 
 Departures: pictures are shrunk to 384 px on the long side before the random crop, which is then
 cut on the accelerator; bfloat16 with float32 params in place of float16 with a scaler. The residual

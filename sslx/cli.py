@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = "; an override has no dashes, name=value" if "overrides" in arguments else ""
         root.error(f"unrecognized arguments: {' '.join(bad)}{hint}")
     arguments.overrides = [*getattr(arguments, "overrides", []), *rest]
-    if arguments.run in (train, show) and arguments.recipe is None:
+    if arguments.run in (train, show, plan) and arguments.recipe is None:
         from sslx.recipes import shipped
 
         root.error(f"name a recipe, a .py file or one of these: {', '.join(shipped())}")
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(run, summary: str) -> argparse.ArgumentParser:
         name = run.__name__.rstrip("_")
-        opens = OPENS if run in (train, eval_, export, show) else ""
+        opens = OPENS if run in (train, eval_, export, show, plan) else ""
         added = commands.add_parser(name, help=summary, description=summary + opens, epilog=EPILOG)
         added.add_argument("--traceback", action="store_true", help="show where an error arose")
         added.set_defaults(run=run)
@@ -100,6 +100,16 @@ def parser() -> argparse.ArgumentParser:
     recipe(import_added, "--recipe", help="default: the model's own")
     tokenize_ = command(tokenize, "turn text into windows of tokens, once; interrupted, it goes on")
     arguments_of_tokenize(tokenize_)
+    plan_ = command(
+        plan, "compile a recipe for machines that are not there: memory, traffic, floors"
+    )
+    recipe(plan_, help="a name or a .py file")
+    plan_.add_argument("--topology", default="", metavar="TPU", help="as v5e:16x16 or v5p:8x8x8")
+    plan_.add_argument("--slices", type=int, default=1, metavar="N", help="of that topology")
+    plan_.add_argument("--devices", type=int, default=0, metavar="N", help="of a CPU, in its place")
+    plan_.add_argument("--chip", default="", help="whose bounds count, as H100, beside --devices")
+    plan_.add_argument("--sweep", action="store_true", help="rank other batches, meshes and remats")
+    plan_.add_argument("--json", type=path, metavar="FILE", help="write the plan there too")
     show_ = command(show, "print the config, params, shardings and FLOPs of a recipe")
     recipe(show_, help="a name or a .py file, or the directory of a run")
     return root
@@ -282,6 +292,23 @@ def tokenize(arguments) -> None:
         f"({counts['unknown'] / max(1, counts['tokens']):.2%} unknown) in {counts['windows']:,} "
         f"windows of {length}, {used:.1%} full; vocabulary {manifest['vocabulary']['size']:,}"
     )
+
+
+def plan(arguments) -> int:
+    from sslx.plan import Machine, planned_elsewhere, report, sweep, table, written
+
+    overrides = tuple(arguments.overrides)
+    machine = Machine(arguments.topology, arguments.slices, arguments.devices, arguments.chip)
+    if arguments.sweep:
+        with bars() as progress:
+            plans = sweep(arguments.recipe, overrides, machine, progress)
+        print(table(plans))
+    else:
+        plans = {overrides: planned_elsewhere(arguments.recipe, overrides, machine)}
+        print(report(plans[overrides]))
+    if arguments.json:
+        arguments.json.write_text(written(plans))
+    return 0 if any(made.fits for made in plans.values()) else 1
 
 
 def show(arguments) -> None:

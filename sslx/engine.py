@@ -14,8 +14,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx.checkpoint import CheckpointError, Checkpoints
-from sslx.config import Config
+from sslx.config import Config, leaves, override
 from sslx.log import Log
+from sslx.ops.flops import flops
 from sslx.ops.trees import norm
 from sslx.sharding import batch_sharding, placed, rows_here
 from sslx.signals import Interrupted, Signals
@@ -128,6 +129,19 @@ def jitted_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
     out_shardings = (state_shardings, NamedSharding(mesh, P()))
     step = functools.partial(train_step, config=config)
     return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def step_flops(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """Floating-point operations of a step on all devices, as it is computed, and without what
+    `remat` has computed a second time."""
+    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+    needed = config
+    for path, value in leaves(config.objective, "objective"):
+        if path.endswith(".remat") and value != "none":
+            needed = override(needed, path, "none")
+    with jax.set_mesh(mesh):
+        step = lambda config: functools.partial(train_step, config=config)  # noqa: E731
+        return flops(step(config), state, batch), flops(step(needed), state, batch)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,6 @@ from sslx.export.card import About
 from sslx.lock import refuse_second, writing
 from sslx.log import add_scores, read_scores, step_rows, write_picture, write_whole
 from sslx.models.encoder import Encoder, chosen
-from sslx.ops.flops import flops
 from sslx.ops.trees import path_of
 from sslx.processes import by_first
 from sslx.recipes import Recipe, recipe_of
@@ -375,7 +374,7 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 def summary(config: Config) -> str:
     """A recipe's params with their shapes and shardings, and its memory and FLOPs, as a table."""
     mesh = config.mesh.build()
-    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+    state = abstract_state(config, mesh)
     rows = [("params", "shape", "sharding", "size")]
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         cut = ", ".join("*".join(c) if isinstance(c, tuple) else str(c) for c in leaf.sharding.spec)
@@ -387,16 +386,15 @@ def summary(config: Config) -> str:
         )
         for row in rows
     ]
-    with jax.set_mesh(mesh):
-        work = flops(lambda s, b: engine.train_step(s, b, config=config), state, batch)
+    work, needed = engine.step_flops(config, mesh)
     size = sum(x.size for x in jax.tree.leaves(state.params))
     memory = sum(np.prod(x.shape) * 4 for x in jax.tree.leaves(state)) / 2**20
-    each = f"{work / config.batch_size / 1e9:.4g} G"
+    each, once = (f"{x / config.batch_size / 1e9:.4g} G" for x in (work, needed))
     return "\n".join(
         [
             *table,
             f"params {size:,}, on a mesh of {dict(mesh.shape)}",
             f"state {memory:,.1f} MiB (params, moments, buffers), all devices together",
-            f"FLOPs of a step per example, rematerialization included: {each}",
+            f"FLOPs of a step per example, rematerialization included: {each}; without it: {once}",
         ]
     )

@@ -34,10 +34,10 @@ MIN_SIZE = 2**14
 
 @dataclass(frozen=True)
 class Mesh:
-    """How many ways the devices are split; -1 on one axis takes all that remain.
+    """How many ways the devices of a slice are split; -1 on one axis takes all that remain.
 
-    replica: whole copies, across slices. fsdp: params, moments and batch. tensor: heads, MLP,
-    vocabulary. One device is a mesh of size one, not another code path.
+    replica: whole copies. fsdp: params, moments and batch. tensor: heads, MLP, vocabulary. Slices
+    of TPUs are copies of one another. One device is a mesh of size one, not another code path.
     """
 
     replica: int = 1
@@ -47,25 +47,19 @@ class Mesh:
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
         """The jax mesh over `devices` (all of them by default), axes (replica, fsdp, tensor).
 
-        Slices are TPU's: there replicas join them. A GPU's slice_index is its host, and hosts are
-        joined by whatever axis comes out, tensor within them. Raises ValueError when the axes do
-        not multiply to the number of devices, or slices cannot be joined so.
+        Between slices only gradients go: the axis replica is theirs, times `replica`. Hosts of GPUs
+        are joined by whatever axis comes out, tensor within them. Raises ValueError when the axes
+        do not multiply to the devices of a slice.
         """
         devices = list(jax.devices() if devices is None else devices)
-        shape = self._shape(len(devices))
-        slices = len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
-        if shape[0] % slices:
-            raise ValueError(
-                f"{slices} slices are joined by replica={shape[0]}, which they do not divide: "
-                f"use mesh.replica={slices}, so that only gradients cross between slices."
-            )
-        per_slice = (shape[0] // slices, *shape[1:])
+        slices = len({slice_of(device) for device in devices})
+        shape = self._shape(len(devices) // slices, "" if slices == 1 else " of each slice")
         try:
             if slices == 1:
                 grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
             else:
                 grid = mesh_utils.create_hybrid_device_mesh(
-                    per_slice, (slices, 1, 1), devices, allow_split_physical_axes=True
+                    shape, (slices, 1, 1), devices, allow_split_physical_axes=True
                 )
         except NotImplementedError as error:
             raise ValueError(
@@ -74,7 +68,7 @@ class Mesh:
             ) from error
         return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
-    def _shape(self, devices: int) -> tuple[int, int, int]:
+    def _shape(self, devices: int, of: str) -> tuple[int, int, int]:
         sizes = [self.replica, self.fsdp, self.tensor]
         known = math.prod(n for n in sizes if n != -1)
         if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
@@ -84,8 +78,13 @@ class Mesh:
             reason += " what remains"
             if sizes.count(-1) == 1 and known > 0:
                 reason = f"their number must be a multiple of {known}"
-            raise ValueError(f"{self} does not cover {devices} devices: {reason}.")
+            raise ValueError(f"{self} does not cover {devices} devices{of}: {reason}.")
         return tuple(sizes)
+
+
+def slice_of(device: jax.Device) -> int:
+    """The number of a TPU's slice, 0 where there is one. (A GPU's slice_index is its host.)"""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def spec(names: Sequence[str | None], shape: Sequence[int], mesh, otherwise=None) -> P:

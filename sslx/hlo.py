@@ -1,0 +1,200 @@
+"""What a compiled program says of itself: its collectives, its loops, its arrays.
+
+Everything is read from the text of the optimized HLO. A loop's body counts as often as it runs,
+where its condition compares with a constant, as a scan's does.
+"""
+
+import collections
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SHAPE = re.compile(r"\b(pred|bf16|c64|c128|f8\w+|[suf]\d+)\[([\d,]*)\]")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BITS = {"pred": 8, "c64": 64, "c128": 128}
+IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+MESH = re.compile(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))? ?\{{([^}}]*)\}}")
+FREE = ("parameter", "bitcast", "get-tuple-element", "tuple")  # they make no array of their own
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of an HLO text: `name = shapes opcode(rest`, in a computation."""
+
+    computation: str
+    name: str
+    shapes: str
+    opcode: str
+    rest: str
+
+    @property
+    def place(self) -> str:
+        """Where in the traced program it comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind and reach: what one device sends in a step.
+
+    far    whether they go between slices (TPU) or nodes (GPU)
+    count  instructions of the program
+    bytes  that a device sends, in a ring
+    """
+
+    kind: str
+    far: bool
+    count: int
+    bytes: float
+
+
+def instructions(text: str) -> list[Instruction]:
+    """Every instruction of an HLO text."""
+    found, computation = [], ""
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith((" ", "HloModule")):
+            computation = line.removeprefix("ENTRY ").split()[0].lstrip("%")
+        elif match := INSTRUCTION.match(line):
+            found.append(Instruction(computation, *match.groups()))
+    return found
+
+
+def size(shapes: str) -> int:
+    """Bytes of all arrays that a shape, or a tuple of them, names."""
+    total = 0
+    for kind, dims in SHAPE.findall(shapes):
+        bits = BITS.get(kind) or int(re.search(r"\d+", kind)[0])
+        elements = np.prod([int(n) for n in dims.split(",") if n], dtype=np.int64)
+        total += int(elements) * bits // 8
+    return total
+
+
+def runs(listing: Sequence[Instruction]):
+    """A function: how often each computation runs in a step."""
+    limits = {
+        x.computation: int(x.rest.split(")")[0])
+        for x in listing
+        if x.opcode == "constant" and x.shapes.startswith("s32[]")
+    }
+    calls = collections.defaultdict(list)
+    for x in listing:
+        if x.opcode == "while":
+            test, body = (re.search(rf"{k}=%?([\w.-]+)", x.rest)[1] for k in ("condition", "body"))
+            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', x.rest)
+            calls[body].append((x.computation, int(known[1]) if known else limits.get(test, 1)))
+        for called in re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", x.rest):
+            calls[called].append((x.computation, 1))
+
+    @functools.cache
+    def times(computation: str) -> int:
+        callers = calls.get(computation)
+        return sum(times(c) * n for c, n in callers) if callers else 1
+
+    return times
+
+
+def groups(rest: str) -> list[list[int]]:
+    """The groups of partitions that a collective joins; [] where it says none, which is all."""
+    if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", rest):
+        return [[*map(int, pair.split(","))] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
+    if mesh := MESH.search(rest):
+        return _of_mesh(*mesh.groups())
+    if iota := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={IOTA}", rest):
+        rows, columns, *dims = iota.groups()
+        return _iota(*dims).reshape(int(rows), int(columns)).tolist()
+    if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", rest):
+        return [[*map(int, group.split(","))] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    return []
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """Numbers from 0 in an array of these dimensions, transposed."""
+    shape = _numbers(dims)
+    ids = np.arange(np.prod(shape)).reshape(shape)
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _of_mesh(axes: str, dims: str | None, order: str | None, joined: str) -> list[list[int]]:
+    """Groups along some axes of a mesh: `'a'=2,'b'=4` and `'b'`, or `'b':(2)2`, which is the part
+    of size 2 of b that comes after one of size 2."""
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
+    cut = {name: (1, size, 1) for name, size in sizes.items()}
+    parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", joined)
+    for name, before, size in parts:
+        if size:
+            cut[name] = int(before), int(size), sizes[name] // (int(before) * int(size))
+    names = [name for name, _, _ in parts]
+    ids = _iota(dims, order) if dims else np.arange(np.prod([*sizes.values()]))
+    ids = ids.reshape([n for name in sizes for n in cut[name]])
+    places = {name: 3 * i + 1 for i, name in enumerate(sizes)}
+    last = [places[name] for name in names]
+    count = int(np.prod([cut[name][1] for name in names]))
+    return np.moveaxis(ids, last, range(-len(last), 0)).reshape(-1, count).tolist()
+
+
+def sent(kind: str, result: int, count: int) -> float:
+    """Bytes that a device sends for a collective of `count` devices whose result has `result`
+    bytes on each, in a ring: no way needs less."""
+    share = (count - 1) / count
+    return (
+        result
+        * {
+            "all-gather": share,
+            "all-reduce": 2 * share,
+            "reduce-scatter": count - 1.0,
+            "all-to-all": share,
+            "collective-permute": 1.0,
+        }[kind]
+    )
+
+
+def collectives(listing: Sequence[Instruction], islands: Sequence[int]) -> list[Collective]:
+    """What a device sends in a step, by kind and reach; `islands` is each partition's slice or
+    node. An asynchronous collective is written in many stages, which share its channel."""
+    times, seen = runs(listing), {}
+    for x in listing:
+        kind = x.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        arrays = re.findall(r"\w+\[[\d,]*\]", x.shapes)
+        arrays = arrays[1:2] if x.opcode.endswith("-start") else arrays  # operand, result, ...
+        joined = groups(x.rest) or [[*range(len(islands))]]
+        far = any(len({islands[i] for i in group}) > 1 for group in joined)
+        total = sent(kind, sum(map(size, arrays)), len(joined[0])) * times(x.computation)
+        channel = re.search(r"channel_id=(\d+)", x.rest)
+        key = kind, far, channel[1] if channel else len(seen)
+        seen[key] = max(total, seen.get(key, 0))
+    found = collections.defaultdict(list)
+    for (kind, far, _), total in seen.items():
+        found[kind, far].append(total)
+    return [Collective(*key, len(each), sum(each)) for key, each in sorted(found.items())]
+
+
+def arrays(listing: Sequence[Instruction]) -> Iterator[tuple[int, str, tuple[int, ...], str]]:
+    """(bytes, dtype, shape, place) of every array that the program makes, largest first, each
+    shape once."""
+    found = {}
+    for x in listing:
+        if x.opcode in FREE:
+            continue
+        for kind, dims in SHAPE.findall(x.shapes):
+            shape = tuple(int(n) for n in dims.split(",") if n)
+            found.setdefault((kind, shape), (size(f"{kind}[{dims}]"), kind, shape, x.place))
+    yield from sorted(found.values(), key=lambda array: -array[0])
+
+
+def cycles(listing: Sequence[Instruction]) -> int:
+    """Clock cycles of a step by the TPU compiler's own cost model, waits for collectives not
+    counted; 0 where it says none."""
+    times = runs(listing)
+    said = ((x, re.search(r'"estimated_cycles":"(\d+)"', x.rest)) for x in listing)
+    return sum(int(found[1]) * times(x.computation) for x, found in said if found)

@@ -1,0 +1,322 @@
+"""What a plan says of machines that are not there, against counting by hand."""
+
+import dataclasses
+import importlib.metadata
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from commands import TINY
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sslx import hlo, plan
+from sslx.chips import CHIPS, OPTIONS, chip_of, options
+from sslx.cli import main
+from sslx.config import ConfigError
+from sslx.engine import step_flops, train_step
+from sslx.ops.flops import flops
+from sslx.plan import Machine, Plan
+from sslx.recipes import load
+from sslx.state import abstract_batch, abstract_state
+
+# ---- the text of a compiled program ----
+
+GROUPS = {
+    "replica_groups={{0,1},{2,3}}, to_apply=%add": [[0, 1], [2, 3]],
+    "replica_groups=[2,2]<=[4], use_global_device_ids=true": [[0, 1], [2, 3]],
+    "replica_groups=[4,2]<=[2,4]T(1,0)": [[0, 4], [1, 5], [2, 6], [3, 7]],
+    "replica_groups=[2,4]<=[2,2,2]T(1,0,2)": [[0, 1, 4, 5], [2, 3, 6, 7]],
+    "replica_groups=mesh['a'=2,'b'=4] {'b'}, x": [[0, 1, 2, 3], [4, 5, 6, 7]],
+    "replica_groups=mesh['a'=2,'b'=4] {'a'}, x": [[0, 4], [1, 5], [2, 6], [3, 7]],
+    "replica_groups=mesh['a'=2,'b'=4] {'a','b'}": [[0, 1, 2, 3, 4, 5, 6, 7]],
+    "replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}, x": [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+    ],
+    "replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}": [[0, 2], [1, 3], [4, 6], [5, 7]],
+    "replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}": [[0, 1], [2, 3], [4, 5], [6, 7]],
+    "source_target_pairs={{0,1},{1,0}}": [[0, 1], [1, 0]],
+    "replica_groups={}, channel_id=1": [],
+}
+
+
+@pytest.mark.parametrize("text", GROUPS)
+def test_groups_of_a_collective(text):
+    assert hlo.groups(text) == GROUPS[text]
+
+
+def ring(kind, n, result):
+    """Bytes that device 0 of a ring sends, one message after another, for `result` bytes."""
+    messages = {
+        "all-gather": [result / n] * (n - 1),  # each share goes all the way round but one
+        "reduce-scatter": [result] * (n - 1),  # what is kept at the end is one share
+        "all-reduce": [result / n] * (n - 1) * 2,  # one after the other
+        "all-to-all": [result / n] * (n - 1),
+        "collective-permute": [result],
+    }
+    return sum(messages[kind])
+
+
+@pytest.mark.parametrize("kind", hlo.KINDS)
+def test_bytes_sent_are_those_of_a_ring(kind):
+    for n in (2, 8, 256):
+        assert hlo.sent(kind, 4096, n) == pytest.approx(ring(kind, n, 4096))
+
+
+@pytest.mark.parametrize(
+    "shapes, size",
+    [
+        ("f32[3,4]{1,0}", 48),
+        ("(bf16[2,8], s32[])", 36),
+        ("pred[7]", 7),
+        ("f8e4m3fn[16]", 16),
+        ("s4[16]", 8),
+        ("token[]", 0),
+    ],
+)
+def test_sizes_of_arrays(shapes, size):
+    assert hlo.size(shapes) == size
+
+
+def compiled(function, *args):
+    return hlo.instructions(jax.jit(function).lower(*args).compile().as_text())
+
+
+def over(*axes):
+    mesh = jax.make_mesh((2, 4), ("far", "near"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    return NamedSharding(mesh, P(*axes))
+
+
+def sharded(shape, *axes):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=over(*axes))
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+    """Seven layers [64, 32], each gathered in a scan from four devices: 3/4 of 8 KiB, seven times;
+    a sum over all eight of 4 bytes in the end."""
+
+    def network(weights, x):
+        def layer(x, w):
+            w = jax.lax.with_sharding_constraint(w, over())
+            return jnp.tanh(x @ w @ w.T), None
+
+        x, _ = jax.lax.scan(layer, x, weights)
+        return x.sum()
+
+    listing = compiled(network, sharded((7, 64, 32), None, "near"), sharded((16, 64), "far"))
+    islands = [0, 0, 0, 0, 1, 1, 1, 1]
+    found = {(x.kind, x.far): x.bytes for x in hlo.collectives(listing, islands)}
+    assert found["all-gather", False] == 7 * 3 / 4 * 64 * 32 * 4
+    assert found["all-reduce", True] <= 2 * 7 / 8 * 4
+    assert ("all-gather", True) not in found
+
+
+def test_arrays_are_listed_largest_first_with_their_place():
+    listing = compiled(lambda x: jnp.sin(x @ x.T).sum(), jax.ShapeDtypeStruct((96, 8), np.float32))
+    (size, kind, shape, place), *_ = hlo.arrays(listing)
+    assert (size, kind, shape) == (96 * 96 * 4, "f32", (96, 96)) and "dot_general" in place
+
+
+# ---- machines ----
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"topology": "v9:2x2"}, "There is no topology 'v9:2x2'.*v3, v4, v5e, v5p, v6e, tpu7x"),
+        ({"topology": "v5e"}, "v5e:16x16"),
+        ({"topology": "v5e:4by4"}, "v5e:16x16"),
+        ({}, "--topology v5e:16x16, or --devices N"),
+        ({"topology": "v5e:4x4", "devices": 4}, "or --devices"),
+        ({"topology": "v5e:4x4", "slices": 0}, "count from 1"),
+        ({"devices": 4, "chip": "H1000"}, "no chip 'H1000'.*H100"),
+    ],
+)
+def test_machines_that_cannot_be(given, message):
+    with pytest.raises(ConfigError, match=message):
+        Machine(**given)
+
+
+@pytest.mark.parametrize("version", ["", "0.0.1", "0.0.50.2"])
+def test_another_libtpu_is_told_which_to_install(version, monkeypatch):
+    def found(name):
+        if name != "libtpu":
+            return "0.10.1"
+        if not version:
+            raise importlib.metadata.PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    wants = ["numpy", 'libtpu==0.0.41.*; extra == "tpu"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: wants)
+    with pytest.raises(ConfigError, match=r"pip install 'libtpu==0\.0\.41\.\*'.*--devices N"):
+        plan.check_libtpu()
+    version = "0.0.41"
+    plan.check_libtpu()
+
+
+KINDS = {
+    "TPU v3": "v3",
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA B200": "B200",
+    "cpu": "",
+    "NVIDIA GeForce RTX 3090": "",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chips_are_told_by_what_jax_calls_them(kind):
+    assert chip_of(kind) == KINDS[kind]
+
+
+def test_options_never_break_the_law():
+    assert options("cpu") == {} and set(OPTIONS) <= set(CHIPS)
+    for kind in KINDS:
+        for slices in (1, 2):
+            assert not [name for name in options(kind, slices) if "rng_bit_generator" in name]
+    assert options("TPU v5 lite", 2).items() > options("TPU v5 lite").items()
+
+
+# ---- plans ----
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = load(TINY, "batch_size=24")  # a length that no axis of the model has
+    return plan.planned(config, Machine(devices=8, chip="v5e"))
+
+
+def test_a_plan_counts_what_the_state_says(tiny):
+    config = load(TINY, "batch_size=24")
+    mesh = config.mesh.build()
+    state = abstract_state(config, mesh)
+    assert tiny.devices == 8 and tiny.mesh == {"replica": 1, "fsdp": 8, "tensor": 1}
+    assert tiny.params == sum(x.size for x in jax.tree.leaves(state.params))
+    with jax.set_mesh(mesh):
+        batch = abstract_batch(config, mesh)
+        work = flops(lambda s, b: train_step(s, b, config=config), state, batch)
+    assert tiny.flops == tiny.needed == work
+    held = sum(
+        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(state)
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
+    assert held <= tiny.arguments < held + 4096  # and the batch, and the key
+    assert tiny.fits and tiny.whole == () == tiny.replicated
+    assert {"compute", "memory", "links", "network"} == set(tiny.floors)
+    assert tiny.floors["compute"] == work / 8 / 197e12 and 0 < tiny.share < 1
+
+
+def test_what_is_computed_twice_is_not_needed():
+    """In the backward pass, the products of the encoder's block: those of its forward pass."""
+    kept, twice = (load(TINY, "mae=True", f"objective.encoder.remat={x}") for x in ("none", "full"))
+    mesh = kept.mesh.build()
+    needed = step_flops(kept, mesh)
+    assert needed[0] == needed[1] == step_flops(twice, mesh)[1]
+    tokens, D = 5, 16  # a quarter of 16 patches, and the class token
+    block = 2 * tokens * 12 * D**2 + 4 * tokens**2 * D
+    assert step_flops(twice, mesh)[0] == needed[0] + 16 * (block - 2 * tokens * 4 * D**2)
+
+
+GIVEN = Plan(
+    machine="v5e:4x4",
+    devices=16,
+    mesh={"replica": 1, "fsdp": 16, "tensor": 1},
+    batch_size=1024,
+    accumulate=1,
+    params=10,
+    flops=16 * 197 * 10**12,
+    needed=16 * 197 * 10**12,
+    arguments=2 * 10**9,
+    outputs=2 * 10**9,
+    aliased=2 * 10**9,
+    temporaries=10**9,
+    chip=CHIPS["v5e"],
+)
+SENT = hlo.Collective("all-gather", False, 3, 400e9)
+FAR = hlo.Collective("all-reduce", True, 1, 6.25e9)
+
+
+@pytest.mark.parametrize(
+    "changed, bound, seconds, advice",
+    [
+        ({}, "compute", 1.0, "^fits$"),
+        ({"collectives": (SENT,)}, "links", 2.0, "larger batch"),
+        ({"collectives": (SENT, FAR)}, "links", 2.0, "larger batch"),
+        ({"collectives": (FAR,)}, "network", 2.0, "network bounds it"),
+        ({"collectives": (SENT,), "arguments": 10**8}, "links", 2.0, "mesh.fsdp=1 mesh.replica=-1"),
+        ({"needed": 12 * 197 * 10**12}, "compute", 1.0, "remat=dots"),
+        ({"temporaries": 15 * 10**9}, "compute", 1.0, "does not fit: take a smaller batch"),
+        ({"arguments": 16 * 10**9}, "compute", 1.0, "does not fit: the state is largest"),
+        ({"whole": (plan.Array("f32[1024]", 4096, "x"),)}, "compute", 1.0, "constrain"),
+    ],
+)
+def test_the_largest_floor_bounds_a_step(changed, bound, seconds, advice):
+    made = dataclasses.replace(GIVEN, **changed)
+    assert (made.bound, made.floor) == (bound, pytest.approx(seconds))
+    assert re.search(advice, plan.advice(made))
+    text = plan.report(made)
+    assert text.endswith(plan.advice(made)) and "whole batch  cannot be told" not in text
+    assert "whole batch  cannot be told" in plan.report(dataclasses.replace(made, whole=None))
+    assert plan.loaded(json.loads(json.dumps(dataclasses.asdict(made)))) == made
+
+
+# ---- the command ----
+
+
+def test_the_command_prints_and_writes_a_plan(tmp_path, capfd):
+    file = tmp_path / "plan.json"
+    asked = ("--devices", "4", "--chip", "H100", "--json", str(file))
+    assert main(["plan", str(TINY), "batch_size=24", *asked]) == 0
+    said = capfd.readouterr().out
+    for word in ("4 CPU devices", "fsdp 4", "6 on a device", "G an example", "of peak", "fits"):
+        assert word in said
+    [made] = json.loads(file.read_text())
+    assert made["devices"] == 4 and made["batch_size"] == 24 and made["fits"]
+    assert f"params       {made['params']:,}" in said
+
+
+def test_what_cannot_be_planned_is_one_line(capfd):
+    assert main(["plan", str(TINY), "mesh.fsdp=3", "--devices", "4"]) == 1
+    said = capfd.readouterr().err
+    assert said.startswith("sslx: Mesh(") and "does not cover 4 devices" in said
+    assert main(["plan", str(TINY), "--topology", "v9:2x2"]) == 1
+    assert "There is no topology 'v9:2x2'" in capfd.readouterr().err
+
+
+def test_a_sweep_ranks_what_fits(monkeypatch):
+    """Remat of both networks, three meshes, and then two batches; no choice ends it."""
+    asked = []
+
+    def here(recipe, overrides, machine):
+        asked.append(overrides)
+        if "mesh.tensor=2" in overrides:
+            raise ConfigError("heads")
+        batch = 48 if "batch_size=48" in overrides else 24
+        slower = 2 if any("remat=full" in x for x in overrides) else 1
+        return dataclasses.replace(GIVEN, batch_size=batch, flops=slower * GIVEN.flops)
+
+    monkeypatch.setattr(plan, "planned_elsewhere", here)
+    found = plan.sweep(TINY, ("mae=True", "batch_size=24"), Machine(devices=8))
+    kinds = {x for choice in found for x in choice if "remat" in x}
+    assert {x.partition("=")[2] for x in kinds} == {"none", "dots", "full"}
+    assert len(found) == len(asked) == 1 + 3 * 3 + 2
+    (best, made), *_ = found.items()
+    assert best[-1] == "batch_size=48" and made.batch_size == 48
+    *_, (worst, refused) = found.items()
+    assert "mesh.tensor=2" in worst and refused.refused == "heads" and not refused.fits
+    lines = plan.table(found).splitlines()
+    assert lines[1].startswith("yes") and lines[-1].startswith("no")
+    assert lines[1].endswith(" ".join(best))
