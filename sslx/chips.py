@@ -96,9 +96,6 @@ SLICES: Options = {  # for several
     "xla_tpu_enable_data_parallel_all_reduce_opt": True,
     "xla_tpu_data_parallel_opt_different_sized_ops": True,
     "xla_tpu_enable_megascale_barrier": True,
-    "megascale_error_reporter_abort_on_hang": True,
-    "megascale_error_reporter_abort_on_error": True,
-    "megascale_graph_hang_threshold": "10m",
 }
 
 

@@ -129,6 +129,7 @@ class Config:
 
     collapse    when to warn that all embeddings have become nearly one, or to stop
     mesh        how devices share the batch and the params
+    compiler    options of XLA for the step, beside those of sslx.chips.OPTIONS and before them
     keep        which checkpoints are kept
     log_every, save_every, eval_every  steps between two rows of metrics, checkpoints, evaluations
     """
@@ -146,6 +147,7 @@ class Config:
     evals: Mapping[str, Eval] = field(default_factory=dict, compare=False)
     collapse: Alarm = how(Alarm())
     mesh: Mesh = how(Mesh())
+    compiler: Mapping[str, bool | int | str] = field(default_factory=dict, compare=False)
     keep: Retention = how(Retention())
     log_every: int = how(50)
     save_every: int = how(1000)
@@ -291,13 +293,18 @@ def parse(current: Any, name: str, text: str, hint: Any = None) -> Any:
     name of a function is that of one beside it.
 
     `hint`, an annotation, may allow more: None, a string in place of a value, one of a few words.
-    A mapping can be emptied: evals={}.
+    A mapping can be emptied, evals={}, and an empty one filled, compiler={'xla_a': 1}.
     """
     allowed = get_args(hint) if get_origin(hint) in (Union, UnionType, Literal) else ()
     if text == "None" and type(None) in allowed:
         return None
-    if text == "{}" and isinstance(current, Mapping):
-        return {}
+    if isinstance(current, Mapping) and text.startswith("{") and (text == "{}" or not current):
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError) as error:
+            raise ConfigError(
+                f"{name}={text}: write it as in Python, {{'name': value}}."
+            ) from error
     if parts := dict(parts_of(current)):
         if str in allowed and text != type(current).__name__:
             return text

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -14,11 +14,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx.checkpoint import CheckpointError, Checkpoints
+from sslx.chips import options
 from sslx.config import Config, leaves, override
 from sslx.log import Log
 from sslx.ops.flops import flops
 from sslx.ops.trees import norm
-from sslx.sharding import batch_sharding, placed, rows_here
+from sslx.sharding import batch_sharding, placed, rows_here, slice_of
 from sslx.signals import Interrupted, Signals
 from sslx.state import TrainState, abstract_batch, abstract_state, check, layers_of
 from sslx.types import Array, Batch, Buffers, Metrics, Params
@@ -128,7 +129,14 @@ def jitted_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
     state_shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
     out_shardings = (state_shardings, NamedSharding(mesh, P()))
     step = functools.partial(train_step, config=config)
-    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+    given = compiler_options(config, list(mesh.devices.flat)) or None
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings, compiler_options=given)
+
+
+def compiler_options(config: Config, devices: Sequence[jax.Device]) -> dict[str, bool | int | str]:
+    """What the step's compiler is given: the table's options for the chip, then the recipe's."""
+    slices = len({slice_of(device) for device in devices})
+    return {**options(devices[0].device_kind, slices), **config.compiler}
 
 
 def step_flops(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:

@@ -216,6 +216,9 @@ def test_functions_print_the_same_in_every_process():
 def test_a_mapping_can_be_emptied():
     assert override(BOX, "named", "{}").named == {}
     assert load("mae_digits", "evals={}").evals == {}
+    assert load("mae_digits", "compiler={'xla_a': 2}").compiler == {"xla_a": 2}
+    with pytest.raises(ConfigError, match="write it as in Python"):
+        load("mae_digits", "compiler={xla_a: 2}")
 
 
 def test_parse_reads_a_dial_as_its_default():

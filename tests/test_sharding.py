@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from sslx import engine, sharding, views
 from sslx import state as states
+from sslx.chips import options
 from sslx.config import Config
 from sslx.data.image import Image
 from sslx.data.pipeline import Pipeline
@@ -330,7 +331,10 @@ def pictures(accumulate: int) -> Config:
 
 @functools.cache
 def compiled(accumulate: int, *shape: int):
-    config, mesh = pictures(accumulate), mesh_of(*shape)
+    return compile_step(pictures(accumulate), mesh_of(*shape))
+
+
+def compile_step(config: Config, mesh):
     with jax.set_mesh(mesh):
         given = states.abstract_state(config, mesh), engine.fed_batch(config, mesh)
         return engine.jitted_step(config, mesh).lower(*given).compile()
@@ -367,6 +371,16 @@ def test_the_step_keeps_the_shardings_of_the_state():
         assert after.is_equivalent_to(x.sharding, x.ndim)
     assert all(s.is_fully_replicated for s in jax.tree.leaves(metrics))
     assert batch["image"].is_equivalent_to(batch_sharding(mesh), 4)
+
+
+def test_options_of_the_compiler_are_the_chip_s_and_then_the_recipe_s():
+    config = replace(pictures(1), compiler={"xla_enable_async_all_gather": False, "xla_a": 1})
+    given = engine.compiler_options(config, POD)
+    assert given == {**options("TPU v4", 2), **config.compiler} and len(given) > 5
+    assert engine.compiler_options(pictures(1), jax.devices()) == {}
+    config, mesh = replace(config, compiler={"xla_no_such": True}), mesh_of(1, 1, 1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such'"):
+        compile_step(config, mesh)
 
 
 # ---- the loop ----
