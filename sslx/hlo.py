@@ -15,6 +15,7 @@ import numpy as np
 SHAPE = re.compile(r"\b(pred|bf16|c64|c128|f8\w+|[suf]\d+)\[([\d,]*)\]")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+HOSTED = {x.upper().replace("-", "_"): x for x in KINDS}  # as a TPU's host names them
 BITS = {"pred": 8, "c64": 64, "c128": 128}
 IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 MESH = re.compile(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))? ?\{{([^}}]*)\}}")
@@ -159,9 +160,15 @@ def sent(kind: str, result: int, count: int) -> float:
 
 def collectives(listing: Sequence[Instruction], islands: Sequence[int]) -> list[Collective]:
     """What a device sends in a step, by kind and reach; `islands` is each partition's slice or
-    node. An asynchronous collective is written in many stages, which share its channel."""
+    node. An asynchronous collective is written in many stages, which share its channel. Between
+    slices of TPUs the host does it: the device sends it its part."""
     times, seen = runs(listing), {}
     for x in listing:
+        if x.opcode == "send" and (hosted := re.search(r'_transfer_type="(\w+)"', x.rest)):
+            kind = HOSTED.get(hosted[1], "collective-permute")
+            part = size(re.findall(r"\w+\[[\d,]*\]", x.shapes)[0])
+            seen[kind, True, len(seen)] = sent(kind, part, len(set(islands))) * times(x.computation)
+            continue
         kind = x.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue

@@ -115,6 +115,26 @@ def test_collectives_are_counted_as_often_as_they_run():
     assert ("all-gather", True) not in found
 
 
+BETWEEN_SLICES = """
+ENTRY %main (x: f32[]) -> f32[] {
+  %send.1 = (bf16[144,8,128]{2,1,0}, u32[], token[]) send(%bitcast.60, %after-all.27), \
+channel_id=47, is_host_transfer=true, frontend_attributes={\
+_xla_host_transfer_rendezvous="all-reduce.143_0",_xla_megascale_reduce_operation="SUM",\
+_xla_megascale_target="{1,2}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (bf16[144,8,128]{2,1,0}, u32[], token[]) recv(%after-all.27), channel_id=46, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+
+
+def test_what_hosts_carry_between_slices_counts():
+    listing = hlo.instructions(BETWEEN_SLICES)
+    [found] = hlo.collectives(listing, [0] * 16 + [1] * 16)
+    assert found == hlo.Collective("all-reduce", True, 1, 144 * 8 * 128 * 2.0)
+    [found] = hlo.collectives(listing, [i // 16 for i in range(64)])
+    assert found.bytes == 1.5 * 144 * 8 * 128 * 2
+
+
 def test_arrays_are_listed_largest_first_with_their_place():
     listing = compiled(lambda x: jnp.sin(x @ x.T).sum(), jax.ShapeDtypeStruct((96, 8), np.float32))
     (size, kind, shape, place), *_ = hlo.arrays(listing)
