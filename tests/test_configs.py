@@ -294,6 +294,7 @@ class Silent(Eval):
 
 
 HOW = {
+    "compiler": {"xla_a": 1},
     "collapse": Alarm(then="stop"),
     "evals": {"none": Silent()},
     "mesh": Mesh(fsdp=4, tensor=2),
