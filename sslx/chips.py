@@ -30,11 +30,11 @@ class Chip:
 GIB = 2.0**30
 # TPU: docs.cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x}, whose figures for links count both
 # directions; a chip of v3 or tpu7x is two devices. v3 has no published figure for links, v3 and v4
-# none for the network: those are of arXiv:2304.01433, table 4, and of v5p.
+# none for the network: those are of arXiv:2304.01433, table 4 (4 x 70 and 6 x 50 GB/s), and of v5p.
 # GPU: NVIDIA's datasheets, without sparsity; NVLink counts both directions, and the network is one
 # port a GPU, of 400 Gb/s, or 200 in a DGX A100.
 CHIPS: dict[str, Chip] = {
-    "v3": Chip("TPU v3", 61.5e12, 16 * GIB, 450e9, 140e9, 6.25e9),
+    "v3": Chip("TPU v3", 61.5e12, 16 * GIB, 450e9, 70e9, 6.25e9),
     "v4": Chip("TPU v4", 275e12, 32 * GIB, 1200e9, 150e9, 6.25e9),
     "v5e": Chip("TPU v5 lite|TPU v5e", 197e12, 16 * GIB, 819e9, 200e9, 3.125e9),
     "v5p": Chip("TPU v5p?$", 459e12, 95 * GIB, 2765e9, 600e9, 6.25e9),

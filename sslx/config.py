@@ -299,12 +299,10 @@ def parse(current: Any, name: str, text: str, hint: Any = None) -> Any:
     if text == "None" and type(None) in allowed:
         return None
     if isinstance(current, Mapping) and text.startswith("{") and (text == "{}" or not current):
-        try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError) as error:
-            raise ConfigError(
-                f"{name}={text}: write it as in Python, {{'name': value}}."
-            ) from error
+        with contextlib.suppress(ValueError, SyntaxError):
+            if isinstance(value := ast.literal_eval(text), dict):
+                return value
+        raise ConfigError(f"{name}={text}: write it as in Python, {{'name': value}}.")
     if parts := dict(parts_of(current)):
         if str in allowed and text != type(current).__name__:
             return text

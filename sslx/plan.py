@@ -7,6 +7,7 @@ keeps one topology for the life of a process, and must be told of it before jax 
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,11 +18,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import get_args
 
-from sslx.chips import CHIPS, Chip
+import jax
+from jax.experimental import topologies
+
+from sslx import hlo
+from sslx.chips import CHIPS, OPTIONS, Chip
 from sslx.config import Config, ConfigError, Progress, leaves, unheard
+from sslx.engine import fed_batch, jitted_step, step_flops
 from sslx.hlo import Collective
 from sslx.models.transformer import Remat
+from sslx.ops.trees import path_of
 from sslx.recipes import Recipe
+from sslx.sharding import slice_of, ways
+from sslx.state import abstract_state
 
 LARGE = 1 << 20  # bytes of a param that should not lie whole on every device
 
@@ -45,11 +54,13 @@ class Machine:
         kind, _, shape = self.topology.partition(":")
         if bool(self.topology) == bool(self.devices):
             raise ConfigError("name machines: --topology v5e:16x16, or --devices N.")
-        if self.topology and (kind not in TPUS or not re.fullmatch(r"\d+(x\d+)*", shape)):
+        if self.topology and (kind not in OPTIONS or not re.fullmatch(r"\d+(x\d+)*", shape)):
             raise ConfigError(
                 f"There is no topology {self.topology!r}: it is a TPU and its chips by axis, "
-                f"such as v5e:16x16 or v5p:8x8x8; TPUs are {', '.join(TPUS)}."
+                f"such as v5e:16x16 or v5p:8x8x8; TPUs are {', '.join(OPTIONS)}."
             )
+        if self.devices and self.slices != 1:
+            raise ConfigError("--slices counts those of a topology: a CPU's devices are one.")
         if self.slices < 1 or self.devices < 0:
             raise ConfigError(f"{self}: slices and devices count from 1.")
         if self.chip and self.chip not in CHIPS:
@@ -83,12 +94,8 @@ class Machine:
     def present(self) -> list:
         """The devices, in a process that has this environment. Raises ConfigError naming the libtpu
         to install, and for a topology that the compiler does not know."""
-        import jax
-
         if self.devices:
             return jax.devices()
-        from jax.experimental import topologies
-
         check_libtpu()
         # The two cores of a v4 are one device, as they are where it is in use.
         one = {"chip_config_name": "megacore"} if self.topology.startswith("v4:") else {}
@@ -99,9 +106,6 @@ class Machine:
         except Exception as error:
             said = str(error).splitlines()[0]
             raise ConfigError(f"The TPU's compiler has no {self.topology}: {said}") from error
-
-
-TPUS = ("v3", "v4", "v5e", "v5p", "v6e", "tpu7x")
 
 
 def check_libtpu() -> None:
@@ -175,8 +179,21 @@ class Plan:
         return self.arguments + self.outputs - self.aliased + self.temporaries
 
     @property
+    def each(self) -> float:
+        """Examples of a device."""
+        return self.batch_size / (self.mesh["replica"] * self.mesh["fsdp"])
+
+    @property
+    def sent(self) -> tuple[float, float]:
+        """Bytes that a device sends within its slice, and between slices."""
+        near, far = (
+            math.fsum(x.bytes for x in self.collectives if x.far == f) for f in (False, True)
+        )
+        return near, far
+
+    @property
     def fits(self) -> bool:
-        """Whether a device's memory holds it; the compiler keeps a sixtieth of it for itself."""
+        """Whether a device's memory holds it; a sixtieth is set aside for what else is there."""
         return not self.refused and (self.chip is None or self.memory < self.chip.memory * 59 / 60)
 
     @property
@@ -185,12 +202,12 @@ class Plan:
         largest bounds the step, if all the others are hidden behind it."""
         if self.chip is None or self.refused:
             return {}
-        reach = {far: sum(x.bytes for x in self.collectives if x.far == far) for far in (0, 1)}
+        near, far = self.sent
         return {
             "compute": self.flops / self.devices / self.chip.peak,
             "memory": (self.arguments + self.outputs) / self.chip.bandwidth,
-            "links": reach[0] / self.chip.links,
-            "network": reach[1] / self.chip.network,
+            "links": near / self.chip.links,
+            "network": far / self.chip.network,
         }
 
     @property
@@ -204,6 +221,11 @@ class Plan:
         return max(self.floors.values(), default=0.0)
 
     @property
+    def speed(self) -> float:
+        """Examples a second at most; 0 where nothing bounds them."""
+        return self.batch_size / self.floor if self.floor else 0.0
+
+    @property
     def share(self) -> float:
         """The share of the devices' peak that a step of that length makes use of."""
         return self.needed / self.devices / self.chip.peak / self.floor if self.floor else 0.0
@@ -211,13 +233,6 @@ class Plan:
 
 def planned(config: Config, machine: Machine) -> Plan:
     """The plan of `config`, in a process with the environment of `machine`."""
-    import jax
-
-    from sslx import hlo
-    from sslx.engine import fed_batch, jitted_step, step_flops
-    from sslx.sharding import slice_of
-    from sslx.state import abstract_state
-
     devices = machine.present()
     mesh = config.mesh.build(devices)
     state, batch = abstract_state(config, mesh), fed_batch(config, mesh)
@@ -260,10 +275,6 @@ def planned(config: Config, machine: Machine) -> Plan:
 
 def replicated(params, mesh) -> tuple[Array, ...]:
     """Large params that lie whole on each of several devices that could share them."""
-    import jax
-
-    from sslx.ops.trees import path_of
-
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return ()
     found = []
@@ -277,11 +288,6 @@ def replicated(params, mesh) -> tuple[Array, ...]:
 def whole(listing, config: Config, mesh, state) -> tuple[Array, ...] | None:
     """Arrays with an axis as long as the whole batch, on a device that should hold a share of it;
     None where an axis of the state is as long."""
-    import jax
-
-    from sslx import hlo
-    from sslx.sharding import ways
-
     lengths = {config.batch_size, config.batch_size // config.accumulate}
     if ways(mesh) == 1:
         return ()
@@ -364,8 +370,7 @@ def sweep(recipe, overrides: Sequence[str], machine: Machine, progress: Progress
 
 def ranked(plans: Mapping[tuple[str, ...], Plan]) -> list[tuple[str, ...]]:
     """Those that fit first, by the examples that a second has room for; then by memory."""
-    speed = lambda x: x.batch_size / x.floor if x.floor else 0.0  # noqa: E731
-    key = lambda x: (not plans[x].fits, -speed(plans[x]), plans[x].memory)  # noqa: E731
+    key = lambda x: (not plans[x].fits, -plans[x].speed, plans[x].memory)  # noqa: E731
     return sorted(plans, key=key)
 
 
@@ -389,12 +394,11 @@ def report(plan: Plan) -> str:
     """A plan as text: what was compiled, what it takes, what bounds it, what would help."""
     gb = lambda x: f"{x / 1e9:,.2f} GB"  # noqa: E731
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items())
-    each = plan.batch_size / (plan.mesh["replica"] * plan.mesh["fsdp"])
     done, needed = (f"{x / plan.batch_size / 1e9:,.1f} G" for x in (plan.flops, plan.needed))
     parts = f", in {plan.accumulate} parts" if plan.accumulate > 1 else ""
     lines = [
         f"{plan.machine}: {plan.devices:,} devices, mesh {mesh}, compiled in {plan.seconds:.0f} s",
-        f"batch        {plan.batch_size:,}, {each:g} on a device{parts}",
+        f"batch        {plan.batch_size:,}, {plan.each:g} on a device{parts}",
         f"params       {plan.params:,}",
         f"FLOPs        {done} an example, {plan.flops / 1e12:,.1f} T a step; {needed} an example "
         "without what is computed a second time",
@@ -414,7 +418,7 @@ def report(plan: Plan) -> str:
         lines += [
             f"floors       {floors}",
             f"bound        {plan.bound}: {1e3 * plan.floor:,.2f} ms a step at least, "
-            f"{plan.batch_size / plan.floor:,.0f} examples/s at most, {plan.share:.0%} of peak",
+            f"{plan.speed:,.0f} examples/s at most, {plan.share:.0%} of peak",
         ]
     lines += [f"large        {gb(x.bytes)} {x.array} {x.place}" for x in plan.largest]
     if plan.whole is None:
@@ -461,7 +465,7 @@ def table(plans: Mapping[tuple[str, ...], Plan]) -> str:
     """A line for each of several plans."""
     rows = [("fits", "examples/s", "of peak", "bound", "memory", "what is other")]
     for choice, x in plans.items():
-        speed = f"{x.batch_size / x.floor:,.0f}" if x.floor else ""
+        speed = f"{x.speed:,.0f}" if x.floor else ""
         share = f"{x.share:.0%}" if x.floor else ""
         memory = "" if x.refused else f"{x.memory / 1e9:.2f} GB"
         row = ("yes" if x.fits else "no", speed, share, x.bound, memory)

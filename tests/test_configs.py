@@ -219,6 +219,8 @@ def test_a_mapping_can_be_emptied():
     assert load("mae_digits", "compiler={'xla_a': 2}").compiler == {"xla_a": 2}
     with pytest.raises(ConfigError, match="write it as in Python"):
         load("mae_digits", "compiler={xla_a: 2}")
+    with pytest.raises(ConfigError, match="write it as in Python"):
+        load("mae_digits", "compiler={'xla_a'}")  # a set
 
 
 def test_parse_reads_a_dial_as_its_default():

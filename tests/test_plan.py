@@ -153,6 +153,7 @@ def test_arrays_are_listed_largest_first_with_their_place():
         ({}, "--topology v5e:16x16, or --devices N"),
         ({"topology": "v5e:4x4", "devices": 4}, "or --devices"),
         ({"topology": "v5e:4x4", "slices": 0}, "count from 1"),
+        ({"devices": 4, "slices": 2}, "--slices counts those of a topology"),
         ({"devices": 4, "chip": "H1000"}, "no chip 'H1000'.*H100"),
     ],
 )

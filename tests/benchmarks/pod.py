@@ -29,14 +29,13 @@ def line(name: str, text: str) -> str:
     slices, star, topology = text.rpartition("*")
     machine = Machine(topology, int(slices) if star else 1)
     made = planned_elsewhere(recipe, overrides, machine)
-    each = made.batch_size / (made.mesh["replica"] * made.mesh["fsdp"])
-    sent = [sum(x.bytes for x in made.collectives if x.far == far) for far in (False, True)]
+    near, far = made.sent
     cells = (
         f"{name} on {text}",
-        f"{made.batch_size:,}, {each:g}",
+        f"{made.batch_size:,}, {made.each:g}",
         f"{made.arguments / 1e9:.2f}, {made.temporaries / 1e9:.2f} GB",
         f"{made.flops / 1e12:,.0f}",
-        f"{sent[0] / 1e9:.2f}, {sent[1] / 1e9:.2f} GB",
+        f"{near / 1e9:.2f}, {far / 1e9:.2f} GB",
         ", ".join(f"{1e3 * s:.2f}" for s in made.floors.values()) + " ms",
         f"{made.share:.0%}",
         made.refused or advice(made),
