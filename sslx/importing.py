@@ -14,7 +14,7 @@ from sslx.export import hf
 from sslx.export.directory import Checkpoint, staged
 from sslx.recipes import Recipe
 from sslx.run import Run
-from sslx.state import abstract_batch, first_state, new_key
+from sslx.state import abstract_batch, built_mesh, first_state, new_key
 
 # What the weights of a model do not determine: how it is computed, initialized and trained.
 UNDETERMINED = re.compile(
@@ -39,7 +39,7 @@ def import_checkpoint(
     recipe = Recipe(base.path, (*fields, where, *overrides))
     config = recipe.load()
     try:
-        mesh = config.mesh.build()
+        mesh = built_mesh(config)
         check_channels(source, checkpoint, config, mesh)
         state = first_state(config, mesh)
     except ValueError as error:

@@ -30,7 +30,7 @@ from sslx.models.transformer import Remat
 from sslx.ops.trees import path_of
 from sslx.recipes import Recipe
 from sslx.sharding import slice_of, ways
-from sslx.state import abstract_state
+from sslx.state import abstract_state, built_mesh
 
 LARGE = 1 << 20  # bytes of a param that should not lie whole on every device
 
@@ -234,7 +234,7 @@ class Plan:
 def planned(config: Config, machine: Machine) -> Plan:
     """The plan of `config`, in a process with the environment of `machine`."""
     devices = machine.present()
-    mesh = config.mesh.build(devices)
+    mesh = built_mesh(config, devices)
     state, batch = abstract_state(config, mesh), fed_batch(config, mesh)
     done, needed = step_flops(config, mesh)
     plan = Plan(

@@ -48,6 +48,7 @@ from sslx.state import (
     TrainState,
     abstract_batch,
     abstract_state,
+    built_mesh,
     check,
     fresh_state,
     new_key,
@@ -373,7 +374,7 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def summary(config: Config) -> str:
     """A recipe's params with their shapes and shardings, and its memory and FLOPs, as a table."""
-    mesh = config.mesh.build()
+    mesh = built_mesh(config)
     state = abstract_state(config, mesh)
     rows = [("params", "shape", "sharding", "size")]
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state.params):

@@ -13,6 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sslx.chips import CHIPS, chip_of
 from sslx.ops.trees import boxed
 from sslx.types import Array, Tree
 
@@ -38,22 +39,30 @@ class Mesh:
 
     replica: whole copies. fsdp: params, moments and batch. tensor: heads, MLP, vocabulary. Slices
     of TPUs are copies of one another. One device is a mesh of size one, not another code path.
+
+    None leaves it to `build`: the state is cut over as few ways as an eighth of the memory asks
+    for, and what remains are copies. Cut finer it would only be sent more often (launch/README.md).
     """
 
-    replica: int = 1
-    fsdp: int = -1
+    replica: int | None = None
+    fsdp: int | None = None
     tensor: int = 1
 
-    def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    def build(
+        self, devices: Sequence[jax.Device] | None = None, state: int = 0
+    ) -> jax.sharding.Mesh:
         """The jax mesh over `devices` (all of them by default), axes (replica, fsdp, tensor).
 
-        Between slices only gradients go: the axis replica is theirs, times `replica`. Hosts of GPUs
-        are joined by whatever axis comes out, tensor within them. Raises ValueError when the axes
-        do not multiply to the devices of a slice.
+        `state` is the bytes of a run's state. Between slices only gradients go: the axis replica is
+        theirs, times `replica`. Hosts of GPUs are joined by whatever axis comes out, tensor within
+        them. Raises ValueError when the axes do not multiply to the devices of a slice.
         """
         devices = list(jax.devices() if devices is None else devices)
         slices = len({slice_of(device) for device in devices})
-        shape = self._shape(len(devices) // slices, "" if slices == 1 else " of each slice")
+        of = "" if slices == 1 else " of each slice"
+        chip = CHIPS.get(chip_of(devices[0].device_kind))
+        least = math.ceil(state / (chip.memory / 8)) if chip and state else len(devices)
+        shape = self._shape(len(devices) // slices, of, least)
         try:
             if slices == 1:
                 grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -68,8 +77,14 @@ class Mesh:
             ) from error
         return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
-    def _shape(self, devices: int, of: str) -> tuple[int, int, int]:
+    def _shape(self, devices: int, of: str, least: int) -> tuple[int, int, int]:
+        """`least` ways are enough for the state."""
         sizes = [self.replica, self.fsdp, self.tensor]
+        if -1 not in sizes and None in sizes:
+            if sizes[:2] == [None, None]:
+                sizes[1] = enough(devices // max(self.tensor, 1), least / max(self.tensor, 1))
+            sizes[sizes.index(None)] = -1
+        sizes = [1 if n is None else n for n in sizes]
         known = math.prod(n for n in sizes if n != -1)
         if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
             sizes[sizes.index(-1)] = devices // known
@@ -80,6 +95,11 @@ class Mesh:
                 reason = f"their number must be a multiple of {known}"
             raise ValueError(f"{self} does not cover {devices} devices{of}: {reason}.")
         return tuple(sizes)
+
+
+def enough(devices: int, least: float) -> int:
+    """The smallest divisor of `devices` that is not below `least`; all of them if none is."""
+    return next((n for n in range(1, devices) if devices % n == 0 and n >= least), devices)
 
 
 def slice_of(device: jax.Device) -> int:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import flax
@@ -54,9 +56,18 @@ def _boxed(config: Config, shapes: tuple) -> TrainState:
     return jax.eval_shape(fresh, batch)
 
 
+def built_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh of `config` over `devices` (all of them by default), by the size of its state."""
+    shapes = config.data.shapes(config.batch_size)
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    leaves = jax.tree.leaves(unbox(boxed_state(config, batch)))
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    return config.mesh.build(devices, size)
+
+
 def check(config: Config) -> jax.sharding.Mesh:
     """The run's mesh; raises ValueError for what names and shapes alone show to fail later."""
-    mesh = config.mesh.build()
+    mesh = built_mesh(config)
     config.data.check()
     for evaluation in config.evals.values():
         evaluation.check()
@@ -119,10 +130,10 @@ def restored(
     these do not divide by the next larger one that they do.
     """
     try:
-        mesh = config.mesh.build()
+        mesh = built_mesh(config)
     except ValueError:
         config = dataclasses.replace(config, mesh=Mesh())
-        mesh = config.mesh.build()
+        mesh = built_mesh(config)
     unit = ways(mesh) * config.accumulate
     config = dataclasses.replace(config, batch_size=-(-config.batch_size // unit) * unit)
     checkpoints = Checkpoints(run / "checkpoints", config.keep)

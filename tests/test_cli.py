@@ -188,7 +188,7 @@ def shown_flops(text):
 def test_show_counts_flops_of_mae(capfd):
     assert sslx("show", TINY, "mae=True", "data=digits:") == 0
     text = said(capfd)
-    assert "objective.encoder.width = 16" in text and "mesh.fsdp = -1" in text
+    assert "objective.encoder.width = 16" in text and "mesh.fsdp = None" in text
     want = 3 * mae_flops(4, 16, 4, (16, 1), (16, 1)) - 2 * 4 * 4 * 16  # pixels have no gradient
     crop, scores = 2 * 2 * 8**3, 4 * (5**2 + 17**2) * 16  # scores are computed twice
     assert 0 <= shown_flops(text) - want <= (crop + scores) * 1.01

@@ -38,6 +38,9 @@ ALL = (2, 2, 2)
         (Mesh(fsdp=2, tensor=-1), (1, 2, 4)),
         (Mesh(replica=-1, fsdp=1), (8, 1, 1)),
         (Mesh(2, 2, 2), (2, 2, 2)),
+        (Mesh(fsdp=4), (2, 4, 1)),
+        (Mesh(tensor=2), (1, 4, 2)),
+        (Mesh(fsdp=-1), (1, 8, 1)),
     ],
 )
 def test_mesh_covers_all_devices(mesh, shape):
@@ -53,8 +56,8 @@ def test_mesh_covers_all_devices(mesh, shape):
 )
 def test_mesh_that_does_not_fit_says_so(mesh):
     reason = "must be 8; put -1 on the one axis"
-    if (mesh.replica, mesh.fsdp) in ((3, -1), (16, -1)):
-        reason = f"must be a multiple of {mesh.replica}"
+    if 3 in (mesh.replica, mesh.fsdp) or mesh.replica == 16:
+        reason = f"must be a multiple of {mesh.replica or mesh.fsdp}"
     with pytest.raises(ValueError, match=f"8 devices: .*{reason}"):
         mesh.build()
 
@@ -80,6 +83,29 @@ def test_slices_are_joined_by_replicas_alone(mesh, monkeypatch):
     slices = (grid // 4).reshape(2 * mesh.replica, -1)
     assert (slices == slices[:, :1]).all()  # fsdp and tensor stay within a slice
     assert np.array_equal(np.sort(slices[:, 0]), slices[:, 0])  # whole slices, one after another
+
+
+@pytest.mark.parametrize(
+    "size, mesh, shape",
+    [
+        (1, Mesh(), (4, 1, 1)),  # an eighth of a v4's 32 GiB holds 4 GiB of it
+        (4 * 2**30, Mesh(), (4, 1, 1)),
+        (4 * 2**30 + 1, Mesh(), (2, 2, 1)),
+        (9 * 2**30, Mesh(), (1, 4, 1)),  # three ways do not divide four chips
+        (99 * 2**30, Mesh(), (1, 4, 1)),
+        (5 * 2**30, Mesh(tensor=2), (2, 1, 2)),
+        (9 * 2**30, Mesh(tensor=2), (1, 2, 2)),
+        (1, Mesh(fsdp=-1), (1, 4, 1)),
+        (1, Mesh(replica=2), (2, 2, 1)),
+    ],
+)
+def test_a_state_is_cut_no_finer_than_memory_asks_for(size, mesh, shape, monkeypatch):
+    grids, real = [], mesh_of(1, 8, 1)
+    monkeypatch.setattr(jax.sharding, "Mesh", lambda grid, *a, **k: grids.append(grid) or real)
+    mesh.build(POD[:4], size)
+    assert grids[0].shape == shape
+    mesh.build(POD, size)  # and copies for each slice
+    assert grids[1].shape == (2 * shape[0], *shape[1:])
 
 
 def test_a_mesh_is_that_of_a_slice():
