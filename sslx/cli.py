@@ -14,6 +14,7 @@ from sslx.console import lasting_streams
 EPILOG = """\
 `sslx train` without a name lists the recipes. name=value fills an argument of the recipe's
 config(), a.b.c=value replaces along a path of it; `sslx show RECIPE` prints every path."""
+FAILED, MISTAKEN = 1, 2  # exit codes: what may be otherwise the next time, and what will not
 OPENS = ". A recipe, and so a run, is Python code that this executes: open runs that you trust."
 
 
@@ -40,11 +41,16 @@ def main(argv: list[str] | None = None) -> int:
             return fail("interrupted", 130)
         except Exception as error:
             if not arguments.traceback and not mendable(error) and (place := in_recipe(error)):
-                return fail(f"{place} (--traceback shows all)", 1)
+                return fail(f"{place} (--traceback shows all)", MISTAKEN)
             if arguments.traceback or not mendable(error):
                 raise
             hint = "" if ours(error) else " (--traceback shows where)"
-            return fail(f"{error}{hint}", getattr(error, "code", 1))
+            return fail(f"{error}{hint}", code_of(error))
+
+
+def code_of(error: Exception) -> int:
+    """What the process ends with: launch/README.md says what a cluster does with it."""
+    return getattr(error, "code", MISTAKEN if isinstance(error, ValueError) else FAILED)
 
 
 def path(text: str) -> Path:

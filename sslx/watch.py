@@ -21,6 +21,8 @@ FINITE = ("loss", "grad_norm", "param_norm")
 class Diverged(RuntimeError):
     """The loss or a gradient is not finite."""
 
+    code = 3
+
 
 class Collapsed(Diverged):
     """The run collapsed: the embeddings of all examples are nearly equal."""

@@ -45,13 +45,13 @@ def refused(capfd, monkeypatch):
     def started(*args):
         raise AssertionError("work began on the device")
 
-    def run(*args, lines=2):
+    def run(*args, lines=2, code=2):
         with monkeypatch.context() as patch:
             patch.setattr(watch, "fresh_state", started)
             patch.setattr(engine, "jitted_step", started)
-            code = main([*map(str, args)])
+            ended = main([*map(str, args)])
         said = capfd.readouterr().err
-        assert code == 1 and said.startswith("sslx: ") and OUR_FRAME not in said, said
+        assert ended == code and said.startswith("sslx: ") and OUR_FRAME not in said, said
         assert said.count("\n") <= lines, said
         return said
 
@@ -162,7 +162,7 @@ def test_workdirs_that_cannot_be(refused, tmp_path, eight):
 def test_runs_without_the_checkpoint(refused, tmp_path, eight):
     for name in ("recipe.py", "overrides.json"):
         shutil.copy(eight / name, tmp_path)
-    assert f"{tmp_path} has no checkpoint yet: train it first." in refused("eval", tmp_path)
+    assert f"{tmp_path} has no checkpoint yet: train it first." in refused("eval", tmp_path, code=1)
     assert "no checkpoint of step 7, only of [20, 40]" in refused("eval", eight, "--step", 7)
     assert "The recipe has no evals: give labelled data, --data" in refused("eval", eight)
     args = ("eval", eight, "--data", "digits:train", "digits:test", "--on", "kn")
@@ -197,14 +197,14 @@ def test_a_corrupt_picture_is_named_counted_and_replaced(tmp_path, capfd):
 
 def test_too_many_corrupt_pictures_stop_the_run(tmp_path, capfd):
     data, run = pictures(tmp_path / "x.parquet", corrupt=range(20, 40)), tmp_path / "run"
-    assert train(TINY, f"data={data}", "--workdir", run) == 1
+    assert train(TINY, f"data={data}", "--workdir", run) == 2
     *_, said = capfd.readouterr().err.splitlines()
     assert "too many of 64 records cannot be decoded" in said and "x.parquet#0:" in said
 
 
 @pytest.mark.parametrize("every", [20, 25])
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capfd, every):
-    assert train(TINY, "objective.poison=25", f"save_every={every}", "--workdir", tmp_path) == 1
+    assert train(TINY, "objective.poison=25", f"save_every={every}", "--workdir", tmp_path) == 3
     *_, said = capfd.readouterr().err.splitlines()
     kept = "the newest checkpoint from before is step 20" if every < 25 else "nothing saved"
     assert said.startswith("sslx: Step 25: loss nan, grad_norm nan, ") and kept in said
@@ -224,7 +224,7 @@ def test_a_step_that_is_no_number_is_skipped_on_request(tmp_path, capfd):
 
 def test_params_that_overflow_under_a_good_loss_are_not_saved(tmp_path, capfd):
     args = ("optimizer.learning_rate.value=1e999", "save_every=1", "--workdir", tmp_path)
-    assert train(TINY, *args) == 1
+    assert train(TINY, *args) == 3
     assert "Step 1: loss 0." in capfd.readouterr().err
     assert steps(tmp_path) == []
 
@@ -234,7 +234,7 @@ def test_a_collapsed_run_is_told_of_or_stopped(tmp_path, capfd):
     assert train(TINY, *alarm, "--workdir", tmp_path / "warned") == 0
     said = " ".join(capfd.readouterr().err.split())
     assert said.count("the run has collapsed") == 1 and "WARNING Step 25: loss 0." in said
-    assert train(TINY, *alarm, "collapse.then=stop", "--workdir", tmp_path / "stopped") == 1
+    assert train(TINY, *alarm, "collapse.then=stop", "--workdir", tmp_path / "stopped") == 3
     *_, said = capfd.readouterr().err.splitlines()
     assert said.startswith("sslx: Step 25: loss 0.") and "collapse.then=warn" in said
     assert steps(tmp_path / "stopped") == [20]

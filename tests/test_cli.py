@@ -94,7 +94,7 @@ def test_a_finished_run_is_complete_and_stays_as_it_is(eight, tmp_path, capfd):
 
 def test_changes_are_refused_until_accepted(eight, tmp_path, capfd):
     run = shutil.copytree(eight, tmp_path / "run")
-    assert sslx("train", run, "steps=45", "optimizer.b2=0.9") == 1
+    assert sslx("train", run, "steps=45", "optimizer.b2=0.9") == 2
     text = capfd.readouterr().err
     assert "  - steps = 40\n  + steps = 45\n" in text and "+ optimizer.b2 = 0.9" in text
     assert len(re.findall("^  [-+]", text, re.MULTILINE)) == 4
@@ -156,12 +156,12 @@ def test_eval_on_other_data_with_one_probe_at_a_step(eight, tmp_path, capfd):
 
 def test_the_number_of_neighbors_is_set_on_the_command_line(probed, tmp_path, capfd):
     run = shutil.copytree(probed, tmp_path / "run")
-    assert sslx("eval", run, "--on", "knn", "evals.probes.on.0.k=5000") == 1
+    assert sslx("eval", run, "--on", "knn", "evals.probes.on.0.k=5000") == 2
     text = said(capfd)
     assert "needs 5000 neighbors" in text and "on the command line evals.probes.on.0.k=1437" in text
     assert sslx("eval", run, "evals.probes.on.0.k=3", "--on", "knn") == 0
     assert "step 20 with evals.probes.on.0.k=3" in json.loads((run / "evals.json").read_text())
-    assert sslx("eval", run, "steps=3") == 1
+    assert sslx("eval", run, "steps=3") == 2
     assert "'steps=3': an evaluation takes evals.a=value." in said(capfd)
 
 
@@ -228,9 +228,9 @@ def test_what_is_exported_is_imported_and_goes_on(mae, tmp_path, capfd):
     assert "step 20" in card and "| knn/top1 | 0.78125 |" in card and "batch_size = 16" in card
 
     other = ("--recipe", TINY, "mae=True", "steps=5", "objective.encoder.width=8")
-    assert sslx("import", out, run, *other) == 1 and not run.exists()
+    assert sslx("import", out, run, *other) == 2 and not run.exists()
     assert f"[16, 16] in {out} and [8, 16] in this run" in said(capfd)
-    assert sslx("import", out, run) == 1 and not run.exists()
+    assert sslx("import", out, run) == 2 and not run.exists()
     text = said(capfd)
     assert f"mae_vit_imagenet: the model of {out} reads pictures of num_channels=1, and" in text
     assert "a recipe whose data are like those of the checkpoint, --recipe RECIPE" in text
@@ -242,7 +242,7 @@ def test_what_is_exported_is_imported_and_goes_on(mae, tmp_path, capfd):
     assert sslx("import", out, run, "--recipe", TINY, "mae=True", "steps=5") == 0
     trained, imported = load(mae / "checkpoints"), load(run / "checkpoints")
     assert digest(imported["params"]) == digest(trained["params"]) and imported["step"] == 0
-    assert sslx("import", out, run, "--recipe", TINY, "mae=True") == 1
+    assert sslx("import", out, run, "--recipe", TINY, "mae=True") == 2
     assert f"{run} is a run already" in said(capfd)
     assert sslx("train", run) == 0
     assert steps(run) == [0, 5]
@@ -297,7 +297,7 @@ def test_a_command_for_one_host_waits_for_no_other(command, mae, tmp_path, monke
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_NTASKS"):
         monkeypatch.setenv(name, "2")
     paths = {"export": (mae, tmp_path / "out"), "import": (tmp_path, tmp_path / "run")}
-    assert sslx(command, *paths.get(command, (mae,))) == (command == "import")
+    assert sslx(command, *paths.get(command, (mae,))) == 2 * (command == "import")
     assert "config.json" in said(capfd) or command != "import"  # that is missing
 
 

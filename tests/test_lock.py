@@ -111,14 +111,14 @@ def test_a_command_that_finds_a_writer_says_so(tmp_path, capfd, monkeypatch):
     from sslx.cli import main
 
     with writing(tmp_path / "run"):
-        assert main(["train", str(TINY), "--workdir", str(tmp_path / "run")]) == 1
+        assert main(["train", str(TINY), "--workdir", str(tmp_path / "run")]) == 2
         assert "is written to by process" in capfd.readouterr().err
         assert not (tmp_path / "run" / "recipe.py").exists()
         monkeypatch.setattr(run, "check", lambda config: 1 / 0)  # nothing is opened before
-        assert main(["train", str(TINY), "--workdir", str(tmp_path / "run")]) == 1
+        assert main(["train", str(TINY), "--workdir", str(tmp_path / "run")]) == 2
         assert "is written to by process" in capfd.readouterr().err
     monkeypatch.undo()
-    assert main(["train", str(TINY), "--workdir", str(tmp_path / "[x]")]) == 1
+    assert main(["train", str(TINY), "--workdir", str(tmp_path / "[x]")]) == 2
     assert (
         "has '[' in it, which orbax" in capfd.readouterr().err and not (tmp_path / "[x]").exists()
     )

@@ -310,10 +310,10 @@ def test_the_command_prints_and_writes_a_plan(tmp_path, capfd):
 
 
 def test_what_cannot_be_planned_is_one_line(capfd):
-    assert main(["plan", str(TINY), "mesh.fsdp=3", "--devices", "4"]) == 1
+    assert main(["plan", str(TINY), "mesh.fsdp=3", "--devices", "4"]) == 2
     said = capfd.readouterr().err
     assert said.startswith("sslx: Mesh(") and "does not cover 4 devices" in said
-    assert main(["plan", str(TINY), "--topology", "v9:2x2"]) == 1
+    assert main(["plan", str(TINY), "--topology", "v9:2x2"]) == 2
     assert "There is no topology 'v9:2x2'" in capfd.readouterr().err
 
 

@@ -177,7 +177,7 @@ def test_an_error_in_what_a_recipe_defines_shows_its_line_alone(tmp_path, capfd)
     line = "loss = jnp.square(pixels - patchify(image, self.encoder.patch)).mean()"
     wrong = line + "\n        loss = loss.nonsense"
     recipe.write_text(recipe.read_text().replace(line, wrong))
-    assert main(["train", str(recipe), "--workdir", str(tmp_path / "run")]) == 1
+    assert main(["train", str(recipe), "--workdir", str(tmp_path / "run")]) == 2
     said = capfd.readouterr().err
     where = re.escape(f"sslx: {tmp_path}/mine.py:") + r"\d+: AttributeError: .*nonsense.*"
     assert re.fullmatch(where + r"\n    loss = loss\.nonsense \(--trace.*\)\n", said), said

@@ -211,7 +211,7 @@ def test_corrupt_records_count_in_both_processes(tmp_path):
         said = [process.communicate(timeout=PATIENCE)[0] for process in both]
     finally:
         stop(*both)
-    assert [process.returncode for process in both] == [1, 1], said
+    assert [process.returncode for process in both] == [2, 2], said
     pattern = r"too many of 160 records cannot be decoded, (\d+) of the first (\d+) examples"
     counts = {tuple(map(int, re.search(pattern, text).groups())) for text in said}
     [(count, examples)] = counts  # at one step

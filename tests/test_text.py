@@ -589,7 +589,7 @@ def test_command_names_what_it_dropped(tmp_path, done, capsys):
     said, warned = capsys.readouterr()
     assert f"dropped {tmp_path}/in/b.txt: is UTF-16: convert it" in warned.replace("\n", "")
     assert "9 documents" in said and f"windows of {L}" in said
-    assert main([*words, "--process", "3/2"]) == 1
+    assert main([*words, "--process", "3/2"]) == 2
     assert "process 3 of 2" in capsys.readouterr().err
 
 
