@@ -163,7 +163,9 @@ def test_runs_without_the_checkpoint(refused, tmp_path, eight):
     for name in ("recipe.py", "overrides.json"):
         shutil.copy(eight / name, tmp_path)
     assert f"{tmp_path} has no checkpoint yet: train it first." in refused("eval", tmp_path, code=1)
-    assert "no checkpoint of step 7, only of [20, 40]" in refused("eval", eight, "--step", 7)
+    assert "no checkpoint of step 7, only of [20, 40]" in refused(
+        "eval", eight, "--step", 7, code=1
+    )
     assert "The recipe has no evals: give labelled data, --data" in refused("eval", eight)
     args = ("eval", eight, "--data", "digits:train", "digits:test", "--on", "kn")
     assert "--on has no 'kn': did you mean 'knn'?" in refused(*args)
