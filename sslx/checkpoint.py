@@ -26,12 +26,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sslx.digest import Leaf, data, digest, is_key, named
-from sslx.processes import agreed, by_first, of_first
+from sslx.processes import Attempts, agreed, by_first, of_first
 from sslx.types import Array, Tree
 
 log = logging.getLogger("sslx")
 
 ATTEMPT = re.compile(r"(0|[1-9][0-9]*)(\.orbax-checkpoint-tmp.*)?")  # renamed when whole
+READING = 600  # seconds that hosts wait until process 0 has seen what was written
 PATIENCE = 60  # seconds that a host waits to see a checkpoint that process 0 sees
 
 
@@ -171,6 +172,7 @@ class Checkpoints:
         self._handler = ocp.PyTreeCheckpointHandler(
             use_zarr3=True, use_compression=False, type_handler_registry=_handlers()
         )
+        self._together = Attempts()
         self._orbax = self._writer()
         self._worker = ThreadPoolExecutor(1, "sslx-checkpoint")
         self._pending: Future | None = None
@@ -181,8 +183,15 @@ class Checkpoints:
 
     def _writer(self) -> ocp.AsyncCheckpointer:
         """An orbax writer that makes directories in the foreground, where failures are seen."""
-        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        options = ocp.AsyncOptions(
+            create_directories_asynchronously=False, barrier_sync_fn=self._meet
+        )
         return ocp.AsyncCheckpointer(self._handler, async_options=options)
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier, which fails where another process could not write: orbax's own would
+        wait for that process."""
+        self._together.meet(key, timeout_ms / 1000)
 
     def steps(self) -> list[int]:
         """The steps of all finished checkpoints, oldest first, verified or not."""
@@ -211,6 +220,7 @@ class Checkpoints:
         if step == self._current:
             return
         self._saved.discard(step)
+        self._together.begin()
         with jax.transfer_guard("allow"):  # the copy off the device is what this is for
             arrays, digests = named(state), digest(state)
             record = _seal({path: [_kind(x), digests[path]] for path, x in arrays.items()})
@@ -220,6 +230,7 @@ class Checkpoints:
                 target, tree = self.directory / str(step), ocp.args.PyTreeSave(arrays)
                 self._orbax.save(target, args=tree, custom_metadata=record, force=True)
             except OSError as error:
+                self._together.fail(_reason(error))
                 return self._lost(step, error)
         self._pending = self._worker.submit(self._finish, step, record)
 
@@ -241,7 +252,9 @@ class Checkpoints:
         try:
             self._orbax.wait_until_finished()
             self._see(step, record)
+            self._together.meet("seen", READING)
         except Exception as error:
+            self._together.fail(_reason(error))
             return self._lost(step, error)
         self._current = step
         self._saved.add(step)

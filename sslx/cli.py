@@ -10,11 +10,11 @@ import traceback
 from pathlib import Path
 
 from sslx.console import lasting_streams
+from sslx.exits import MISTAKEN, Lost, code_of
 
 EPILOG = """\
 `sslx train` without a name lists the recipes. name=value fills an argument of the recipe's
 config(), a.b.c=value replaces along a path of it; `sslx show RECIPE` prints every path."""
-FAILED, MISTAKEN = 1, 2  # exit codes: what may be otherwise the next time, and what will not
 OPENS = ". A recipe, and so a run, is Python code that this executes: open runs that you trust."
 
 
@@ -46,11 +46,6 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             hint = "" if ours(error) else " (--traceback shows where)"
             return fail(f"{error}{hint}", code_of(error))
-
-
-def code_of(error: Exception) -> int:
-    """What the process ends with: launch/README.md says what a cluster does with it."""
-    return getattr(error, "code", MISTAKEN if isinstance(error, ValueError) else FAILED)
 
 
 def path(text: str) -> Path:
@@ -152,7 +147,7 @@ def mendable(error: Exception) -> bool:
     from sslx.signals import Interrupted
     from sslx.watch import Diverged
 
-    return isinstance(error, CheckpointError | Diverged | Interrupted)
+    return isinstance(error, CheckpointError | Diverged | Interrupted | Lost)
 
 
 def in_recipe(error: Exception) -> str:

@@ -1,9 +1,10 @@
 """Which processes belong to a run: how they find each other, and whether all of them came."""
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from sslx.rendezvous import meet
 
 TIMEOUT = 1800  # seconds; the hosts of a gang come minutes apart, after pulling their images
 
@@ -114,8 +115,8 @@ def launcher(env: Mapping[str, str]) -> Launcher | None:
 def join(env: Mapping[str, str] = os.environ, timeout: int = TIMEOUT) -> None:
     """Join the other processes of this run, before anything uses a device; alone, do nothing.
 
-    On Cloud TPU jax asks the machine itself. Raises ClusterError for half an environment, and for
-    one that tells of processes that did not come.
+    On Cloud TPU jax asks the machine itself. Raises ClusterError for half an environment, and Lost
+    naming the processes that did not come.
     """
     import jax
 
@@ -128,8 +129,10 @@ def join(env: Mapping[str, str] = os.environ, timeout: int = TIMEOUT) -> None:
         return
     if jax.distributed.is_initialized():  # by the program that calls us
         return
-    if options.get("process_id") == 0 and count > 1:
-        print(f"sslx: waiting for {count} processes", file=sys.stderr)
+    if count > 1 and (place := whereabouts(options, timeout)):
+        slices = env.get("MEGASCALE_NUM_SLICES", "1")
+        hint = f"; MEGASCALE_NUM_SLICES={slices}: are there so many slices?"
+        meet(*place, timeout, hint if slices != "1" else "")
     try:
         jax.distributed.initialize(initialization_timeout=timeout, **options)
     except RuntimeError as error:
@@ -154,6 +157,19 @@ def join(env: Mapping[str, str] = os.environ, timeout: int = TIMEOUT) -> None:
             f"{by.count}={env[by.count]} says that {by.name} started {count} processes, but "
             f"{jax.process_count()} came."
         )
+
+
+def whereabouts(options: Mapping, timeout: int) -> tuple[str, int, int] | None:
+    """(address of process 0, processes, number of this one), as given or as jax will find them."""
+    from jax._src.clusters import ClusterEnv  # no public way
+
+    names = ("coordinator_address", "num_processes", "process_id")
+    if "process_id" in options:
+        return tuple(options[name] for name in names)
+    *found, _ = ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, timeout
+    )
+    return None if None in found else tuple(found)
 
 
 def several(env: Mapping[str, str] = os.environ) -> bool:

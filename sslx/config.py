@@ -131,6 +131,7 @@ class Config:
     mesh        how devices share the batch and the params
     compiler    options of XLA for the step, beside those of sslx.chips.OPTIONS and before them
     keep        which checkpoints are kept
+    stuck_after seconds without progress after which a run of several processes ends, exit code 42
     log_every, save_every, eval_every  steps between two rows of metrics, checkpoints, evaluations
     """
 
@@ -149,6 +150,7 @@ class Config:
     mesh: Mesh = how(Mesh())
     compiler: Mapping[str, bool | int | str] = field(default_factory=dict, compare=False)
     keep: Retention = how(Retention())
+    stuck_after: float = how(1800.0)
     log_every: int = how(50)
     save_every: int = how(1000)
     eval_every: int = how(5000)

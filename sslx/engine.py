@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.chips import options
 from sslx.config import Config, leaves, override
+from sslx.gang import Gang
 from sslx.log import Log
 from sslx.ops.flops import flops
 from sslx.ops.trees import norm
@@ -215,8 +216,9 @@ def _raise(error: BaseException):
 # ---- the loop ----
 
 
-def train(config: Config, run: Path) -> TrainState:
-    """Train to `config.steps` in the directory `run`, from its newest good checkpoint if any.
+def train(config: Config, run: Path, gang: Gang) -> TrainState:
+    """Train to `config.steps` in the directory `run`, from its newest good checkpoint if any, and
+    tell `gang`, the processes of the run, what this one does.
 
     Raises Interrupted after SIGTERM or Ctrl-C, with everything saved; Diverged when a loss or
     gradient is not finite, and Collapsed with collapse.then=stop, the newest checkpoint from before
@@ -227,22 +229,25 @@ def train(config: Config, run: Path) -> TrainState:
     checkpoints = Checkpoints(run / "checkpoints", config.keep)
     try:
         with jax.set_mesh(mesh), Signals() as signals:
+            gang.doing("restoring")
             start, state = checkpoints.restore(abstract_state(config, mesh)) or (0, None)
             step_fn = jitted_step(config, mesh)
+            gang.doing("tracing the step")
             if start < config.steps:  # what is wrong with an objective shows before evaluations
                 step_fn.trace(abstract_state(config, mesh), fed_batch(config, mesh))
             log = Log(run, config.steps, start)
             try:
                 if start < config.steps:
                     log.say(extent(config, start))
-                scores = Scores(config, mesh, run, log)
+                scores = Scores(config, mesh, run, log, gang)
                 state = scores.begin(start, state)
                 if start >= config.steps:
                     log.say(f"{run} is complete: {start} of {config.steps} steps.")
                     return state
-                watch = Watch(config, log, checkpoints)
+                watch = Watch(config, log, checkpoints, gang)
                 return loop(config, mesh, step_fn, start, state, watch, scores, signals)
             finally:
+                gang.doing("ending")
                 checkpoints.wait()
                 log.close()
     finally:
@@ -260,10 +265,14 @@ def extent(config: Config, start: int) -> str:
 
 def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):
     """The state after all steps. Metrics are read once the next step is on its way."""
-    pending = None
+    pending, doing = None, watch.gang.doing
+    watch.gang.together("the first step")
     with feed(config, mesh, start) as (batches, dropped):
         for step in range(start + 1, config.steps + 1):
-            state, metrics = step_fn(state, watch.clock.wait(batches))
+            doing(f"waiting for data of step {step}")
+            batch = watch.clock.wait(batches)
+            doing(f"step {step}")
+            state, metrics = step_fn(state, batch)
             if pending:
                 watch.see(*pending)
             pending = (step, metrics, dropped)
@@ -273,6 +282,7 @@ def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):
                 watch.see(*pending)
                 pending = None
             if last or step % config.save_every == 0:
+                doing(f"saving step {step}")
                 watch.checkpoints.save(step, state)
             if not stop and (last or step % config.eval_every == 0):
                 scores.add(step, state)

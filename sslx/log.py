@@ -118,8 +118,21 @@ class Clock:
     def read(self, steps: int) -> tuple[float, float]:
         """The rates since the last reading; the next ones begin anew."""
         rates = self.rates(steps)
-        self.start, self.waited = time.perf_counter(), 0.0
+        self.start, self.waited, self.stood = time.perf_counter(), 0.0, 0.0
         return rates
+
+    def spent(self) -> tuple[float, float, float]:
+        """Seconds since the last reading: in all, waiting for data, waiting for the devices."""
+        return time.perf_counter() - self.start, self.waited, self.stood
+
+    @contextlib.contextmanager
+    def blocked(self) -> Iterator[None]:
+        """A context whose time counts as waiting for the devices."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stood += time.perf_counter() - begin
 
     def wait(self, iterator):
         """The iterator's next element; the time it takes counts as waiting."""

@@ -3,7 +3,10 @@
 With one process there is nothing to settle: no device work, no waiting.
 """
 
-from collections.abc import Callable
+import itertools
+import json
+import time
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -32,3 +35,88 @@ def by_first(act: Callable[[], None]) -> None:
             error = raised
     if not agreed(error is None):
         raise error or OSError("process 0 could not go on; its message says why")
+
+
+# ---- by way of the coordination service: no device work, from any thread ----
+
+
+class Shared:
+    """Values by key, shared by the processes of a run: the store of jax's coordination service."""
+
+    def __init__(self, prefix: str):
+        from jax._src import distributed  # no public way
+
+        self.client, self.prefix = distributed.global_state.client, prefix
+
+    def put(self, key: str, value: Mapping) -> None:
+        self.client.key_value_set(f"{self.prefix}/{key}", json.dumps(value), allow_overwrite=True)
+
+    def under(self, folder: str) -> list[dict]:
+        """All values whose keys begin with `folder`."""
+        return [json.loads(v) for _, v in self.client.key_value_dir_get(f"{self.prefix}/{folder}/")]
+
+    def remove(self, folder: str) -> None:
+        self.client.key_value_delete(f"{self.prefix}/{folder}/")
+
+
+class Own:
+    """The values of a process alone."""
+
+    def __init__(self):
+        self.values: dict[str, dict] = {}
+
+    def put(self, key: str, value: Mapping) -> None:
+        self.values[key] = dict(value)
+
+    def under(self, folder: str) -> list[dict]:
+        return [v for key, v in self.values.items() if key.startswith(f"{folder}/")]
+
+    def remove(self, folder: str) -> None:
+        self.values = {k: v for k, v in self.values.items() if not k.startswith(f"{folder}/")}
+
+
+def store(prefix: str) -> Shared | Own:
+    """The values under `prefix` of all processes of this run."""
+    return Shared(prefix) if jax.process_count() > 1 else Own()
+
+
+class Failed(OSError):
+    """Another process could not do its part."""
+
+
+class Attempts:
+    """Work that processes do together, one piece after another, each of which fails in all of them
+    where it fails in one. All call `begin` for every piece; `meet` and `fail` in any thread."""
+
+    _all = itertools.count()
+
+    def __init__(self):
+        self.store = store(f"sslx/attempts/{next(self._all)}")
+        self.index, self.count = jax.process_index(), jax.process_count()
+        self.number = 0
+
+    def begin(self) -> None:
+        self.number += 1
+        if self.index == 0:  # all have left the one before the last
+            self.store.remove(str(self.number - 2))
+
+    def fail(self, why: str) -> None:
+        """Tell the others that this process could not do its part."""
+        why = f"process {self.index}: {why}" if self.count > 1 else why
+        self.store.put(f"{self.number}/failed/{self.index}", {"why": why})
+
+    def meet(self, name: str, timeout: float) -> None:
+        """Wait until all processes are here. Raises Failed as soon as one of them failed, and
+        TimeoutError after `timeout` seconds."""
+        place, end, pause = f"{self.number}/{name}", time.monotonic() + timeout, 0.01
+        self.store.put(f"{place}/here/{self.index}", {})
+        while not self.store.under(f"{place}/all"):
+            if failed := self.store.under(f"{self.number}/failed"):
+                raise Failed(failed[0]["why"])
+            if self.index == 0 and len(self.store.under(f"{place}/here")) == self.count:
+                self.store.put(f"{place}/all/0", {})
+                continue
+            if time.monotonic() > end:
+                raise TimeoutError(f"{name}: not all processes came within {timeout:,.0f} s")
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)

@@ -37,6 +37,7 @@ from sslx.evals.features import Features, Pool, extract
 from sslx.evals.probes import Probes
 from sslx.export import hf, timm
 from sslx.export.card import About
+from sslx.gang import Gang
 from sslx.lock import refuse_second, writing
 from sslx.log import add_scores, read_scores, step_rows, write_picture, write_whole
 from sslx.models.encoder import Encoder, chosen
@@ -125,11 +126,12 @@ def start(
             + "\nuse another directory, or go on all the same with --accept-changes "
             "(accept_changes=True)."
         )
-    refuse_second(run, force)  # before data are opened, which takes long
-    check(config)  # what cannot work fails before it is saved
-    with writing(run, force):
-        by_first(save)
-        engine.train(config, run)
+    with Gang(run, config.stuck_after) as gang:
+        refuse_second(run, force)  # before data are opened, which takes long
+        check(config)  # what cannot work fails before it is saved
+        with writing(run, force):
+            by_first(save)
+            engine.train(config, run, gang)
 
 
 def keep(config: Config, run: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from sslx.checkpoint import Checkpoints
 from sslx.config import Config, Numbers, Progress, Trained, unheard
+from sslx.gang import Gang, Window
 from sslx.log import Clock, Log, add_scores, append, read_scores
 from sslx.processes import of_first
 from sslx.sharding import batch_sharding
@@ -31,14 +32,15 @@ class Collapsed(Diverged):
 class Watch:
     """Logs metrics once they have arrived, and stops a run that diverged or collapsed."""
 
-    def __init__(self, config: Config, log: Log, checkpoints: Checkpoints):
-        self.config, self.log, self.checkpoints = config, log, checkpoints
+    def __init__(self, config: Config, log: Log, checkpoints: Checkpoints, gang: Gang):
+        self.config, self.log, self.checkpoints, self.gang = config, log, checkpoints, gang
         self.clock, self.since, self.skipped, self.flat = Clock(), 0, 0, 0
         self.named = 0
 
     def see(self, step: int, metrics: Metrics, dropped: dict[str, str]) -> None:
         """One step's metrics, fetched here, while the next step is already under way."""
-        values = jax.device_get(metrics)
+        with self.clock.blocked():
+            values = jax.device_get(metrics)
         count = self.drops(step, values.pop("dropped"), dropped)
         values = {name: float(x) for name, x in values.items()}
         self.skipped += int(values.pop("skipped", 0))
@@ -55,7 +57,9 @@ class Watch:
         text = "  ".join(parts + [f"{name} {n}" for name, n in counts.items()])
         if step > 1 and step % self.config.log_every and step != self.config.steps:
             return self.log.progress(step, text)
-        self.log.write(step, {**values, "examples_per_s": speed, "data/waited": waited, **counts})
+        self.gang.measured(Window(step, *self.clock.spent()))
+        rates = {"examples_per_s": speed, "data/waited": waited, **self.gang.straggler()}
+        self.log.write(step, {**values, **rates, **counts})
         self.log.progress(step, text, line=True)
         self.restart()
 
@@ -113,8 +117,9 @@ class Watch:
 class Scores:
     """The evaluations of a run, in evals.json: those of random init first."""
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, run: Path, log: Log):
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, run: Path, log: Log, gang: Gang):
         self.config, self.mesh, self.log, self.run = config, mesh, log, run
+        self.gang = gang
         self.known = read_scores(run)
 
     def begin(self, start: int, state: TrainState | None) -> TrainState:
@@ -146,8 +151,10 @@ class Scores:
             return
 
         def progress(task: str, done: int, total: int) -> None:
+            self.gang.doing(f"evaluating {name or f'step {step}'}: {task}")
             self.log.progress(step, f"evaluating: {task} {done}/{total}")
 
+        self.gang.doing(f"evaluating {name or f'step {step}'}")
         self.log.progress(step, "evaluating")
         values = evaluate(self.config, self.mesh, state, progress)
         if not (name and self.config.start):  # a run with a start has another step 0

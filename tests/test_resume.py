@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -147,12 +148,15 @@ def test_a_damaged_checkpoint_is_passed_over(eight, tmp_path, how, caplog):
 # ---- several processes ----
 
 # Trains, then gathers a few global batches as the devices saw them.
-TWO = """
-import os, sys
+SEVERAL = """
+import os, resource, sys
 import jax
-from sslx import sharding
+from sslx import gang, sharding
 from sslx.cli import main
 *arguments, batches = sys.argv[1:]
+gang.SILENT = 15.0  # a busy machine may keep a thread waiting
+if limit := os.environ.get("LARGEST_FILE"):  # a disk that takes no more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 if order := os.environ.get("ORDER"):  # of the mesh's devices, as a TPU's hosts interleave
     straight = sharding.Mesh.build
 
@@ -177,22 +181,38 @@ sys.exit(code)
 """
 
 
-def two(*args, **env):
-    """The command as two processes of four devices each."""
-    join = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": 2}
-    return [start(*args, devices=4, code=TWO, JAX_PROCESS_ID=i, **join, **env) for i in (0, 1)]
+def several(count, *args, late=0, own=lambda i: {}, **env):
+    """The command as so many processes, eight devices in all; half of them `late` seconds late.
+    `own` gives each of them environment of its own."""
+    join = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": count}
+    processes = []
+    for i in range(count):
+        if late and i == count // 2:
+            time.sleep(late)
+        mine = {"JAX_PROCESS_ID": i, **join, **env, **own(i)}
+        processes.append(start(*args, devices=8 // count, code=SEVERAL, **mine))
+    return processes
 
 
-def test_two_processes_are_one(eight, tmp_path):
-    """A tensor axis crosses from one to the other, so that both hold, and read, all rows."""
-    path, batches = tmp_path / "run", tmp_path / "batches.npy"
-    both = two("train", TINY, "mesh.tensor=8", "--workdir", path, batches)
+def ended(processes, *codes):
+    """What each of the processes said; they end with these exit codes."""
     try:
-        said = [process.communicate(timeout=PATIENCE)[0] for process in both]
+        said = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     finally:
-        stop(*both)
-    assert [process.returncode for process in both] == [0, 0], said
-    assert "loss" in said[0] and not re.search("step|loss|sslx|WARN", said[1])  # Gloo speaks there
+        stop(*processes)
+    assert [process.returncode for process in processes] == [*codes], said
+    return said
+
+
+def test_four_processes_are_one(eight, tmp_path):
+    """A tensor axis crosses from one to the next, so that all hold, and read, all rows. Half of
+    them start late."""
+    path, batches = tmp_path / "run", tmp_path / "batches.npy"
+    four = several(4, "train", TINY, "mesh.tensor=8", "--workdir", path, batches, late=5)
+    said = ended(four, 0, 0, 0, 0)
+    assert "loss" in said[0]
+    for text in said[1:]:  # Gloo speaks there
+        assert not re.search("step|loss|WARN|sslx: (?!waiting for process 0)", text)
     assert_close(path, eight)
     from sslx.recipes import load as recipe
 
@@ -206,12 +226,9 @@ def test_corrupt_records_count_in_both_processes(tmp_path):
     """An eighth of the records is corrupt, and a tenth may be: both stop at one step, neither of
     which has met so many itself, and what each has met is named."""
     data = digits_of_which_some_are_corrupt(tmp_path)
-    both = two("train", TINY, f"data={data}", "--workdir", tmp_path / "run", "-")
-    try:
-        said = [process.communicate(timeout=PATIENCE)[0] for process in both]
-    finally:
-        stop(*both)
-    assert [process.returncode for process in both] == [2, 2], said
+    said = ended(
+        several(2, "train", TINY, f"data={data}", "--workdir", tmp_path / "run", "-"), 2, 2
+    )
     pattern = r"too many of 160 records cannot be decoded, (\d+) of the first (\d+) examples"
     counts = {tuple(map(int, re.search(pattern, text).groups())) for text in said}
     [(count, examples)] = counts  # at one step
@@ -233,23 +250,47 @@ def digits_of_which_some_are_corrupt(tmp_path):
     return f"folder:{tmp_path}/data"
 
 
-def test_two_processes_stop_together_and_one_goes_on(eight, tmp_path):
-    """And what they did, devices of both by turns in the batch's axis, is what one would have."""
+def test_lost_stuck_and_stopped_processes(eight, tmp_path):
+    """One of four is killed: the others name it and end. One of two is stuck: both end, and its
+    stack says where. One of two is told to stop: both save. One process goes on, to the params of a
+    run to which nothing happened; devices of both stood by turns in the batch's axis."""
     path, hold = tmp_path / "run", tmp_path / "hold"
     hold.touch()
-    env = {"HELD_AFTER": HELD_AFTER, "HELD": hold, "ORDER": "04152637"}
-    both = two("train", TINY, "--workdir", path, "-", **env)
-    try:
-        held(both[0], path)
-        both[1].send_signal(signal.SIGINT)  # to one host, which hands it on as SIGTERM, a notice
-        time.sleep(3)
-        hold.unlink()
-        said = [process.communicate(timeout=PATIENCE)[0] for process in both]
-    finally:
-        stop(*both)
-    assert [process.returncode for process in both] == [143, 143], said
+    env = {"HELD_AFTER": HELD_AFTER, "HELD": hold}
+    command = ("train", TINY, "--workdir", path, "-")
+
+    four = several(4, *command, **env)
+    held(four[0], path)
+    four[2].kill()
+    said = ended(four, 42, 42, -signal.SIGKILL, 42)
+    for i in (0, 1, 3):
+        assert f"process 2 ({socket.gethostname()}) gave no sign of life for" in said[i]
+        assert "loop" in (path / f"stacks/{i}.txt").read_text()
+    assert steps(path) == [20]
+
+    two = several(2, *command, "stuck_after=30", own=lambda i: env if i else {})
+    said = ended(two, 42, 42)
+    assert all("nothing went on for 3" in text and "process 1" in text for text in said)
+    assert "tiny.py" in (path / "stacks/1.txt").read_text()  # where records are held
+    assert "tiny.py" not in (path / "stacks/0.txt").read_text()
+    assert steps(path) == [20]
+
+    two = several(2, *command, ORDER="04152637", **env)
+    until(lambda: losses(path)[-1][0] == 25 and len(losses(path)) == 6, two[0])
+    two[1].send_signal(signal.SIGINT)  # to one host, which hands it on as SIGTERM, a notice
+    time.sleep(3)
+    hold.unlink()
+    said = ended(two, 143, 143)
     (*_, last) = steps(path)
     assert 25 < last < 40
     assert all(f"SIGTERM: saved at step {last}" in text for text in said)
     assert main(["train", str(path)]) == 0
     assert_close(path, eight)
+
+
+def test_a_disk_full_for_one_process_is_no_success(tmp_path):
+    own = lambda i: {"LARGEST_FILE": 200} if i else {}  # noqa: E731
+    two = several(2, "train", TINY, "steps=5", "--workdir", tmp_path, "-", own=own)
+    for text in ended(two, 1, 1):
+        assert "The last step could not be saved" in text
+    assert steps(tmp_path) == []
