@@ -271,7 +271,7 @@ def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):
         for step in range(start + 1, config.steps + 1):
             doing(f"waiting for data of step {step}")
             batch = watch.clock.wait(batches)
-            doing(f"step {step}")
+            doing(f"step {step}" if step > start + 1 else "compiling the step")
             state, metrics = step_fn(state, batch)
             if pending:
                 watch.see(*pending)

@@ -104,7 +104,7 @@ def verdict(peers: Sequence[Peer], now: float, stuck_after: float) -> Verdict | 
         about = tuple(peer.index for peer in failed)
         return Verdict(f"{listed(failed)} ended: {text}", code, about)
     if still > stuck_after:
-        text = f"nothing went on for {still:.0f} s; {where(alive)}"
+        text = f"{still:.0f} s without progress; {where(alive)}"
         return Verdict(text, LOST, tuple(peer.index for peer in alive))
     return None
 
@@ -150,7 +150,8 @@ class Gang:
         self.run, self.stuck_after = run, stuck_after
         self.index, self.count = jax.process_index(), jax.process_count()
         self.store = store(f"sslx/gang/{next(_gangs)}")
-        self.me = Peer(self.index, socket.gethostname(), "start")
+        self.host, self.beat = socket.gethostname(), 0
+        self.phase, self.window, self.ended = ("start", 0), Window(), None
         now = time.monotonic()
         self.peers = {
             i: Peer(i, "unknown host", "joining", heard=now, moved=now) for i in range(self.count)
@@ -175,11 +176,11 @@ class Gang:
 
     def doing(self, phase: str) -> None:
         """Say what this process does from now on; costs nothing."""
-        self.me = replace(self.me, phase=phase, phases=self.me.phases + 1)
+        self.phase = phase, self.phase[1] + 1
 
     def measured(self, window: Window) -> None:
         """Say where this process's time went."""
-        self.me = replace(self.me, window=window)
+        self.window = window
 
     def together(self, name: str) -> None:
         """Wait until every process of the run is here."""
@@ -204,21 +205,28 @@ class Gang:
     # ---- its thread ----
 
     def _watch(self) -> None:
-        for beat in itertools.count(1):
+        while True:
             try:
-                self._beat(beat)
+                self._beat()
             except Exception as error:  # with process 0 its store is gone: jax ends this process
                 log.debug("the store of the run's processes: %s", error)
-            if self.closing.wait(BEAT / 4 if self.me.ended else BEAT):
+            if self.closing.wait(BEAT / 4 if self.ended else BEAT):
                 return
 
-    def _beat(self, beat: int) -> None:
-        self.me = replace(self.me, beat=beat)
-        self.store.put(f"peers/{self.index}", asdict(self.me))
+    def _beat(self) -> None:
+        self.beat += 1
+        self._tell()
         for given in self.store.under("verdict"):
             return self._act(Verdict(given["text"], given["code"], tuple(given["about"])))
         if self.index == 0:
             self._look(time.monotonic())
+
+    def _tell(self) -> None:
+        """Write down what this process does."""
+        mine = {"beat": self.beat, "ended": self.ended, "window": vars(self.window)}
+        phase, phases = self.phase
+        mine |= {"index": self.index, "host": self.host, "phase": phase, "phases": phases}
+        self.store.put(f"peers/{self.index}", mine)
 
     def _look(self, now: float) -> None:
         """Read what all say, say who is late, and give a verdict where nothing goes on."""
@@ -231,7 +239,7 @@ class Gang:
         still = min(now - peer.moved for peer in peers)
         self.said = PAUSE if still < PAUSE else self.said
         if still >= self.said:
-            log.warning("nothing went on for %.0f s; %s", still, where(peers))
+            log.warning("%.0f s without progress; %s", still, where(peers))
             self.said = 2 * self.said
             if self.count == 1 and still >= self.stuck_after:
                 self._write_stacks()
@@ -243,7 +251,7 @@ class Gang:
         """End this process as the verdict says, or leave it to the error that ends it already."""
         self.verdict = given
         self.given.set()
-        if self.me.ended:
+        if self.ended:
             return
         print(f"sslx: {given.text}", file=sys.stderr)
         self._write_stacks()
@@ -278,9 +286,9 @@ class Gang:
         """Tell the others why this process ends. After an error wait until all of them have ended
         too, or process 0 has said why they cannot."""
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
-        self.me = replace(self.me, ended=("", 0) if error is None else (text, code_of(error)))
+        self.ended = ("", 0) if error is None else (text, code_of(error))
         with contextlib.suppress(Exception):
-            self.store.put(f"peers/{self.index}", asdict(self.me))
+            self._tell()
         if not isinstance(error, Exception):
             return
         self.given.wait(3 * min(SILENT, self.stuck_after))
@@ -296,11 +304,8 @@ class Gang:
             raise Lost(self.verdict.text, code) from error
 
 
-def asdict(peer: Peer) -> dict:
-    return {**vars(peer), "window": vars(peer.window)}
-
-
 def peer_of(told: Mapping) -> Peer:
+    """What `Gang._tell` wrote down."""
     ended = told["ended"] and tuple(told["ended"])
     return Peer(**{**told, "ended": ended, "window": Window(**told["window"])})
 
