@@ -32,7 +32,7 @@ from sslx.types import Array, Tree
 log = logging.getLogger("sslx")
 
 ATTEMPT = re.compile(r"(0|[1-9][0-9]*)(\.orbax-checkpoint-tmp.*)?")  # renamed when whole
-READING = 600  # seconds that hosts wait until process 0 has seen what was written
+READING = 600.0  # seconds that hosts wait until process 0 has seen what was written
 PATIENCE = 60  # seconds that a host waits to see a checkpoint that process 0 sees
 
 
