@@ -19,7 +19,7 @@ AGAIN = 1.0  # seconds between two attempts to connect
 SAID = 30.0  # seconds until process 0 says for whom it waits; then twice as long, and so on
 
 
-def meet(address: str, count: int, index: int, timeout: float, hint: str = "") -> None:
+def meet(address: str, count: int, index: int, timeout: int, hint: str = "") -> None:
     """Return when all `count` processes of a run are up; this is the one numbered `index`.
 
     Raises Lost, with `hint`, in every process that is up, naming those that did not come within

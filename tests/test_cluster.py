@@ -7,6 +7,7 @@ from commands import free_port, start, stop
 from sslx import cluster
 from sslx.cluster import ClusterError
 
+INITIALIZE = jax.distributed.initialize
 HAND = {
     "JAX_COORDINATOR_ADDRESS": "a:1",
     "JAX_NUM_PROCESSES": "4",
@@ -39,6 +40,14 @@ TPU = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
 SHELL = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}  # of salloc
 
 
+@pytest.fixture(autouse=True)
+def met(monkeypatch):
+    """Who met whom: of processes that are not there. (For real: test_gang, and below.)"""
+    calls = []
+    monkeypatch.setattr(cluster, "meet", lambda *arguments: calls.append(arguments))
+    return calls
+
+
 def by_hand(address, count, index):
     return {"coordinator_address": address, "num_processes": count, "process_id": index}
 
@@ -64,7 +73,7 @@ def by_hand(address, count, index):
         (TPU | {"JAX_PLATFORMS": "cpu"}, None, 2),
     ],
 )
-def test_processes_join_as_their_launcher_says(env, options, count, monkeypatch):
+def test_processes_join_as_their_launcher_says(env, options, count, monkeypatch, met):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
     monkeypatch.setattr(jax, "process_count", lambda: count)
@@ -74,6 +83,11 @@ def test_processes_join_as_their_launcher_says(env, options, count, monkeypatch)
         whole = call.pop("cluster_detection_method", None) == "deactivate"
         assert whole == ("coordinator_address" in call)  # else jax finds out by itself
     assert calls == ([] if options is None else [options])
+    for (address, *numbers, timeout, hint), call in zip(met, calls, strict=False):
+        assert timeout == cluster.TIMEOUT and ("MEGASCALE" in hint) == ("MEGASCALE" in str(env))
+        if call:  # else as jax finds them
+            names = ("coordinator_address", "num_processes", "process_id")
+            assert [address, *numbers] == [call[name] for name in names]
     assert cluster.several(env) == (count > 1)
 
 
@@ -110,9 +124,9 @@ def test_processes_without_an_address_and_processes_that_did_not_come(monkeypatc
 
     monkeypatch.setattr(jax.distributed, "initialize", nowhere)
     cluster.join({})  # alone
-    monkeypatch.undo()
-    cluster.join({})  # in this very process, which has devices already
-    monkeypatch.setattr(jax.distributed, "initialize", nowhere)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.distributed, "initialize", INITIALIZE)
+        cluster.join({})  # in this very process, which has devices already
     with pytest.raises(
         ClusterError, match=r"OMPI_COMM_WORLD_SIZE=2 .* set JAX_COORDINATOR_ADDRESS"
     ):

@@ -88,7 +88,7 @@ def test_an_attempt_fails_in_all_where_it_fails_in_one(monkeypatch):
 # ---- meeting ----
 
 
-def meet(count, index, port, seconds=3.0, raised=None):
+def meet(count, index, port, seconds=3, raised=None):
     try:
         rendezvous.meet(f"127.0.0.1:{port}", count, index, seconds, "; is there such a slice?")
     except Exception as error:
@@ -111,7 +111,7 @@ def met(count, *arguments):
 def test_processes_meet_in_any_order_and_the_port_is_free_again(monkeypatch):
     monkeypatch.setattr(rendezvous, "AGAIN", 0.05)
     port = free_port()
-    assert met(3, (3, 2, port, 30.0), (3, 1, port, 30.0), (3, 0, port, 30.0)) == {}
+    assert met(3, (3, 2, port, 30), (3, 1, port, 30), (3, 0, port, 30)) == {}
     with socket.create_server(("127.0.0.1", port)):
         pass
 
@@ -120,7 +120,7 @@ def test_who_does_not_come_is_named_by_all(monkeypatch, capfd):
     monkeypatch.setattr(rendezvous, "AGAIN", 0.05)
     monkeypatch.setattr(rendezvous, "SAID", 0.5)
     port = free_port()
-    raised = met(4, (4, 0, port, 3.0), (4, 1, port, 3.0), (5, 4, port, 3.0))
+    raised = met(4, (4, 0, port, 3), (4, 1, port, 3), (5, 4, port, 3))
     text = "2 of 4 processes (2, 3) did not come within 3 s; is there such a slice?"
     assert [str(raised[i]) for i in (0, 1)] == [text, text]
     assert isinstance(raised[0], Lost) and raised[0].code == 42
