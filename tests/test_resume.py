@@ -257,9 +257,9 @@ def test_lost_stuck_and_stopped_processes(eight, tmp_path):
     path, hold = tmp_path / "run", tmp_path / "hold"
     hold.touch()
     env = {"HELD_AFTER": HELD_AFTER, "HELD": hold}
-    command = ("train", TINY, "--workdir", path, "-")
+    command = ("train", TINY, "--workdir", path)
 
-    four = several(4, *command, **env)
+    four = several(4, *command, "-", **env)
     held(four[0], path)
     four[2].kill()
     said = ended(four, 42, 42, -signal.SIGKILL, 42)
@@ -268,14 +268,14 @@ def test_lost_stuck_and_stopped_processes(eight, tmp_path):
         assert "loop" in (path / f"stacks/{i}.txt").read_text()
     assert steps(path) == [20]
 
-    two = several(2, *command, "stuck_after=30", own=lambda i: env if i else {})
+    two = several(2, *command, "stuck_after=40", "-", own=lambda i: env if i else {})
     said = ended(two, 42, 42)
     assert all(" s without progress; " in text and "process 1" in text for text in said)
     assert "tiny.py" in (path / "stacks/1.txt").read_text()  # where records are held
     assert "tiny.py" not in (path / "stacks/0.txt").read_text()
     assert steps(path) == [20]
 
-    two = several(2, *command, ORDER="04152637", **env)
+    two = several(2, *command, "-", ORDER="04152637", **env)
     until(lambda: losses(path)[-1][0] == 25 and len(losses(path)) == 6, two[0])
     two[1].send_signal(signal.SIGINT)  # to one host, which hands it on as SIGTERM, a notice
     time.sleep(3)
