@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     if bad := [x for x in rest if x.startswith("-") or "overrides" not in arguments]:
         hint = "; an override has no dashes, name=value" if "overrides" in arguments else ""
         root.error(f"unrecognized arguments: {' '.join(bad)}{hint}")
+    arguments.began = time.perf_counter()
     arguments.overrides = [*getattr(arguments, "overrides", []), *rest]
     if arguments.run in (train, show, plan) and arguments.recipe is None:
         from sslx.recipes import shipped
@@ -199,7 +200,7 @@ def train(arguments) -> None:
     start_jax()
     from sslx.run import fit_recipe
 
-    fit_recipe(recipe, run, arguments.accept_changes, arguments.force)
+    fit_recipe(recipe, run, arguments.accept_changes, arguments.force, arguments.began)
 
 
 def eval_(arguments) -> None:
@@ -387,9 +388,14 @@ def start_jax() -> None:
     from sslx.cluster import join
 
     join()
-    if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sslx"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    # jax's key of what it compiled for a CPU has the CPU's features in it, so that hosts may share
+    # a home. It reads nothing again where a CPU is said to prefer no gathers (jax-ml/jax#38445).
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sslx"
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):  # else jax would warn at every compilation
+            jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -14,8 +16,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx.checkpoint import CheckpointError, Checkpoints
-from sslx.chips import options
+from sslx.chips import CHIPS, chip_of, options
 from sslx.config import Config, leaves, override
+from sslx.goodput import Account, Clock, Compilations
 from sslx.log import Log
 from sslx.ops.flops import flops
 from sslx.ops.trees import norm
@@ -153,6 +156,16 @@ def step_flops(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
         return done, done if needed == config else count(needed)
 
 
+def fastest(config: Config, mesh: jax.sharding.Mesh) -> float:
+    """Steps a second if all devices did what a step needs at their peak; nan where sslx.chips does
+    not know them. Traces the step, which takes seconds."""
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    if not chip:
+        return math.nan
+    _, needed = step_flops(config, mesh)
+    return mesh.devices.size * CHIPS[chip].peak / max(needed, 1)
+
+
 @contextlib.contextmanager
 def feed(config: Config, mesh: jax.sharding.Mesh, start: int, depth: int = 2):
     """Global batches on the devices from step `start` on, `depth` of them ahead of their use."""
@@ -215,35 +228,47 @@ def _raise(error: BaseException):
 # ---- the loop ----
 
 
-def train(config: Config, run: Path) -> TrainState:
+def train(config: Config, run: Path, began: float | None = None) -> TrainState:
     """Train to `config.steps` in the directory `run`, from its newest good checkpoint if any.
+    The time since `began`, by time.perf_counter(), counts as its initialization.
 
     Raises Interrupted after SIGTERM or Ctrl-C, with everything saved; Diverged when a loss or
     gradient is not finite, and Collapsed with collapse.then=stop, the newest checkpoint from before
     being kept; CheckpointError when the last step could not be saved.
     """
     run.mkdir(parents=True, exist_ok=True)
+    clock = Clock(began)
     mesh = check(config)
     checkpoints = Checkpoints(run / "checkpoints", config.keep)
     try:
         with jax.set_mesh(mesh), Signals() as signals:
-            start, state = checkpoints.restore(abstract_state(config, mesh)) or (0, None)
+            with clock.spending("checkpoint_restore"):
+                start, state = checkpoints.restore(abstract_state(config, mesh)) or (0, None)
             step_fn = jitted_step(config, mesh)
             if start < config.steps:  # what is wrong with an objective shows before evaluations
-                step_fn.trace(abstract_state(config, mesh), fed_batch(config, mesh))
+                with clock.spending("compile"):
+                    step_fn.trace(abstract_state(config, mesh), fed_batch(config, mesh))
             log = Log(run, config.steps, start)
+            account = Account(log, clock, start)
             try:
                 if start < config.steps:
                     log.say(extent(config, start))
-                scores = Scores(config, mesh, run, log)
-                state = scores.begin(start, state)
-                if start >= config.steps:
-                    log.say(f"{run} is complete: {start} of {config.steps} steps.")
-                    return state
-                watch = Watch(config, log, checkpoints)
-                return loop(config, mesh, step_fn, start, state, watch, scores, signals)
+                    account.write()
+                scores = Scores(config, mesh, run, log, account)
+                with Compilations(log, clock), ThreadPoolExecutor(1, "sslx-flops") as aside:
+                    state = scores.begin(start, state)
+                    if start >= config.steps:
+                        log.say(f"{run} is complete: {start} of {config.steps} steps.")
+                        return state
+                    peak = aside.submit(fastest, config, mesh)  # while the step is compiled
+                    watch = Watch(config, log, checkpoints, account, peak)
+                    with clock.spending("step"), watch.profile:
+                        return loop(config, mesh, step_fn, start, state, watch, scores, signals)
             finally:
-                checkpoints.wait()
+                with clock.spending("checkpoint_save"):
+                    checkpoints.wait()
+                if start < config.steps:
+                    account.close()
                 log.close()
     finally:
         checkpoints.close()
@@ -263,7 +288,8 @@ def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):
     pending = None
     with feed(config, mesh, start) as (batches, dropped):
         for step in range(start + 1, config.steps + 1):
-            state, metrics = step_fn(state, watch.clock.wait(batches))
+            with watch.stepping(step):
+                state, metrics = step_fn(state, watch.clock.wait(batches))
             if pending:
                 watch.see(*pending)
             pending = (step, metrics, dropped)
@@ -273,7 +299,8 @@ def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):
                 watch.see(*pending)
                 pending = None
             if last or step % config.save_every == 0:
-                watch.checkpoints.save(step, state)
+                with watch.clock.spending("checkpoint_save"):
+                    watch.checkpoints.save(step, state)
             if not stop and (last or step % config.eval_every == 0):
                 scores.add(step, state)
                 watch.restart()  # an evaluation counts for no step's time

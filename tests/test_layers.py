@@ -16,7 +16,7 @@ types vocabulary console chips hlo
 ops
 schedules data sharding digest processes
 models optim views checkpoint log signals cluster
-objectives groups
+objectives groups goodput environment
 export
 start
 config
