@@ -388,14 +388,25 @@ def start_jax() -> None:
     from sslx.cluster import join
 
     join()
-    # jax's key of what it compiled for a CPU has the CPU's features in it, so that hosts may share
-    # a home. It reads nothing again where a CPU is said to prefer no gathers (jax-ml/jax#38445).
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None and loads_again():
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sslx"
         with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
         if os.access(cache, os.W_OK):  # else jax would warn at every compilation
             jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def loads_again() -> bool:
+    """Whether jax can load what it compiles here from a file. (A CPU's features are in jax's key,
+    so that different hosts may share a home. But it refuses, with an error for each file, where
+    LLVM avoids a CPU's slow gathers and jax takes that for a feature: jax-ml/jax#38445.)"""
+    import jax
+    from jax.experimental.serialize_executable import serialize
+
+    if jax.default_backend() != "cpu":
+        return True
+    compiled = jax.jit(lambda x: x + 1).lower(0.0).compile()
+    return b"+prefer-no-" not in serialize(compiled)[0]
 
 
 if __name__ == "__main__":

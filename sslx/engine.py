@@ -158,9 +158,9 @@ def step_flops(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
 
 def fastest(config: Config, mesh: jax.sharding.Mesh) -> float:
     """Steps a second if all devices did what a step needs at their peak; nan where sslx.chips does
-    not know them. Traces the step, which takes seconds."""
+    not know them, and but on process 0. Traces the step, which takes seconds."""
     chip = chip_of(mesh.devices.flat[0].device_kind)
-    if not chip:
+    if not chip or jax.process_index():
         return math.nan
     _, needed = step_flops(config, mesh)
     return mesh.devices.size * CHIPS[chip].peak / max(needed, 1)

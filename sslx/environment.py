@@ -24,7 +24,7 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "gra
 def record(run: Path, recipe: str = "") -> None:
     """Add this start to a run's environment.json, a list; `recipe` is the folder of its recipe."""
     path = run / "environment.json"
-    starts = [*read_json(path, list, []), environment(recipe)]
+    starts = [*read_json(path, []), environment(recipe)]
     try:
         write_whole(path, json.dumps(starts, indent=1) + "\n")
     except OSError as error:

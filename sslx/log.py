@@ -73,11 +73,14 @@ def step_rows(run: Path) -> Iterator[dict[str, Any]]:
         log.warning("%s: lines that are no rows, and are left out: %d", path, odd)
 
 
-def read_json(path: Path, checked: Callable[[Any], Read], none: Read) -> Read:
+def read_json(path: Path, none: Read, checked: Callable[[Any], Read] = lambda x: x) -> Read:
     """What `checked` makes of a file of JSON; `none` where there is no file, and where it cannot be
-    read or `checked` refuses it: then it is put aside, and that is said."""
+    read, is of another type, or `checked` refuses it: then it is put aside, and that is said."""
     try:
-        return checked(json.loads(path.read_text()))
+        content = json.loads(path.read_text())
+        if not isinstance(content, type(none)):
+            raise ValueError(f"it is no {type(none).__name__}")
+        return checked(content)
     except FileNotFoundError:
         return none
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
@@ -95,10 +98,10 @@ def read_scores(run: Path) -> dict[str, dict[str, float]]:
     """{column: {name: value}} of a run's evals.json, empty before the first evaluation. One that
     cannot be read is put aside, and that is said."""
 
-    def checked(columns: Any) -> dict[str, dict[str, float]]:
+    def checked(columns: dict) -> dict[str, dict[str, float]]:
         return {name: {k: float(v) for k, v in of.items()} for name, of in columns.items()}
 
-    return read_json(run / "evals.json", checked, {})
+    return read_json(run / "evals.json", {}, checked)
 
 
 def add_scores(run: Path, columns: Mapping[str, Mapping[str, float]]) -> None:

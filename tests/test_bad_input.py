@@ -1,6 +1,7 @@
 """Bad input gets one clear error, before device work where possible, and nothing is lost."""
 
 import io
+import json
 import os
 import re
 import shutil

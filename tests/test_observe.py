@@ -26,7 +26,7 @@ from sslx.environment import commit
 from sslx.goodput import AGAIN, KINDS, Account, Clock, Compilations, shares, summed
 from sslx.log import Log
 from sslx.recipes import load
-from sslx.watch import Watch
+from sslx.watch import Profile, Watch
 
 
 @pytest.fixture
@@ -264,6 +264,18 @@ def test_a_second_start_finds_the_step_in_the_cache_and_counts_what_it_computes_
     assert row["seconds/step"] <= one["seconds"]["step"] - lost + two["seconds"]["step"] + 1e-3
     assert re.search(r"\ntime: 0:.*; over 2 starts: 0:", said)
     assert len(json.loads((path / "environment.json").read_text())) == 2
+
+
+def test_a_profile_ends_with_its_run(tmp_path, capsys):
+    log = Log(tmp_path, 10)
+    with contextlib.suppress(KeyboardInterrupt), Profile(log, "3:9", 0) as profile:
+        for step in range(1, 5):
+            profile.begin(step)
+            assert not profile.end(step - 1)
+        raise KeyboardInterrupt
+    log.close()
+    assert "profile of steps 3 to 4: " in capsys.readouterr().err
+    assert len(list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))) == 1
 
 
 @pytest.mark.parametrize("profile", ["5", "5:4", "0:3", "a:b", "3:-4", "3:4:5", "", "3:1001"])
