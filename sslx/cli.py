@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     if bad := [x for x in rest if x.startswith("-") or "overrides" not in arguments]:
         hint = "; an override has no dashes, name=value" if "overrides" in arguments else ""
         root.error(f"unrecognized arguments: {' '.join(bad)}{hint}")
+    arguments.began = time.perf_counter()
     arguments.overrides = [*getattr(arguments, "overrides", []), *rest]
     if arguments.run in (train, show, plan) and arguments.recipe is None:
         from sslx.recipes import shipped
@@ -194,7 +195,7 @@ def train(arguments) -> None:
     start_jax()
     from sslx.run import fit_recipe
 
-    fit_recipe(recipe, run, arguments.accept_changes, arguments.force)
+    fit_recipe(recipe, run, arguments.accept_changes, arguments.force, arguments.began)
 
 
 def eval_(arguments) -> None:
@@ -382,9 +383,25 @@ def start_jax() -> None:
     from sslx.cluster import join
 
     join()
-    if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sslx"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    if jax.config.jax_compilation_cache_dir is None and loads_again():
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sslx"
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):  # else jax would warn at every compilation
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def loads_again() -> bool:
+    """Whether jax can load what it compiles here from a file. (A CPU's features are in jax's key,
+    so that different hosts may share a home. But it refuses, with an error for each file, where
+    LLVM avoids a CPU's slow gathers and jax takes that for a feature: jax-ml/jax#38445.)"""
+    import jax
+    from jax.experimental.serialize_executable import serialize
+
+    if jax.default_backend() != "cpu":
+        return True
+    compiled = jax.jit(lambda x: x + 1).lower(0.0).compile()
+    return b"+prefer-no-" not in serialize(compiled)[0]
 
 
 if __name__ == "__main__":

@@ -133,6 +133,8 @@ class Config:
     keep        which checkpoints are kept
     stuck_after seconds without progress after which a run of several processes ends, exit code 42
     log_every, save_every, eval_every  steps between two rows of metrics, checkpoints, evaluations
+    profile     steps that jax's profiler traces for XProf and TensorBoard, the first and the last,
+                as 100:105
     """
 
     objective: Objective
@@ -154,6 +156,7 @@ class Config:
     log_every: int = how(50)
     save_every: int = how(1000)
     eval_every: int = how(5000)
+    profile: str | None = how(None)
 
     def __post_init__(self):
         if isinstance(self.start, str | os.PathLike):
@@ -177,6 +180,10 @@ class Config:
                     f"{name}={getattr(self, name)}: it counts from 1; is it the result of too few "
                     f"epochs, or of a batch larger than the data?"
                 )
+        if self.profile is not None and (last := window(self.profile)[-1]) > self.steps:
+            raise ConfigError(
+                f"profile={self.profile}: step {last} is after the last, {self.steps}."
+            )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed}: it is a whole number from 0 to 2**32 - 1.")
         for name in ("objective", "views", "optimizer", "evals", "collapse"):
@@ -190,6 +197,16 @@ class Config:
                 f"batch_size={self.batch_size} does not divide into accumulate="
                 f"{self.accumulate} micro-batches."
             )
+
+
+def window(text: str) -> range:
+    """The steps of `Config.profile`. Raises ConfigError for what is no such text."""
+    first, colon, last = str(text).partition(":")
+    if colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+        return range(int(first), int(last) + 1)
+    raise ConfigError(
+        f"profile={text}: write the first step to trace and the last, counted from 1, as 100:105."
+    )
 
 
 # ---- printed form ----

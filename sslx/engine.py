@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -14,9 +16,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx.checkpoint import CheckpointError, Checkpoints
-from sslx.chips import options
+from sslx.chips import CHIPS, chip_of, options
 from sslx.config import Config, leaves, override
 from sslx.gang import Gang
+from sslx.goodput import Account, Clock, Compilations
 from sslx.log import Log
 from sslx.ops.flops import flops
 from sslx.ops.trees import norm
@@ -154,6 +157,16 @@ def step_flops(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
         return done, done if needed == config else count(needed)
 
 
+def fastest(config: Config, mesh: jax.sharding.Mesh) -> float:
+    """Steps a second if all devices did what a step needs at their peak; nan where sslx.chips does
+    not know them, and but on process 0. Traces the step, which takes seconds."""
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    if not chip or jax.process_index():
+        return math.nan
+    _, needed = step_flops(config, mesh)
+    return mesh.devices.size * CHIPS[chip].peak / max(needed, 1)
+
+
 @contextlib.contextmanager
 def feed(config: Config, mesh: jax.sharding.Mesh, start: int, depth: int = 2):
     """Global batches on the devices from step `start` on, `depth` of them ahead of their use."""
@@ -216,39 +229,48 @@ def _raise(error: BaseException):
 # ---- the loop ----
 
 
-def train(config: Config, run: Path, gang: Gang) -> TrainState:
+def train(config: Config, run: Path, gang: Gang, began: float | None = None) -> TrainState:
     """Train to `config.steps` in the directory `run`, from its newest good checkpoint if any, and
-    tell `gang`, the processes of the run, what this one does.
+    tell `gang`, the processes of the run, what this one does. The time since `began`, by
+    time.perf_counter(), counts as its initialization.
 
     Raises Interrupted after SIGTERM or Ctrl-C, with everything saved; Diverged when a loss or
     gradient is not finite, and Collapsed with collapse.then=stop, the newest checkpoint from before
     being kept; CheckpointError when the last step could not be saved.
     """
     run.mkdir(parents=True, exist_ok=True)
+    clock = Clock(began, gang.doing)
     mesh = check(config)
     checkpoints = Checkpoints(run / "checkpoints", config.keep)
     try:
         with jax.set_mesh(mesh), Signals() as signals:
-            gang.doing("restoring")
-            start, state = checkpoints.restore(abstract_state(config, mesh)) or (0, None)
+            with clock.spending("checkpoint_restore", "restoring"):
+                start, state = checkpoints.restore(abstract_state(config, mesh)) or (0, None)
             step_fn = jitted_step(config, mesh)
-            gang.doing("tracing the step")
             if start < config.steps:  # what is wrong with an objective shows before evaluations
-                step_fn.trace(abstract_state(config, mesh), fed_batch(config, mesh))
+                with clock.spending("compile", "tracing the step"):
+                    step_fn.trace(abstract_state(config, mesh), fed_batch(config, mesh))
             log = Log(run, config.steps, start)
+            account = Account(log, clock, start)
             try:
                 if start < config.steps:
                     log.say(extent(config, start))
-                scores = Scores(config, mesh, run, log, gang)
-                state = scores.begin(start, state)
-                if start >= config.steps:
-                    log.say(f"{run} is complete: {start} of {config.steps} steps.")
-                    return state
-                watch = Watch(config, log, checkpoints, gang)
-                return loop(config, mesh, step_fn, start, state, watch, scores, signals)
+                    account.write()
+                scores = Scores(config, mesh, run, log, account)
+                with Compilations(log, clock), ThreadPoolExecutor(1, "sslx-flops") as aside:
+                    state = scores.begin(start, state)
+                    if start >= config.steps:
+                        log.say(f"{run} is complete: {start} of {config.steps} steps.")
+                        return state
+                    peak = aside.submit(fastest, config, mesh)  # while the step is compiled
+                    watch = Watch(config, log, checkpoints, account, gang, peak)
+                    with clock.spending("step", "step"), watch.profile:
+                        return loop(config, mesh, step_fn, start, state, watch, scores, signals)
             finally:
-                gang.doing("ending")
-                checkpoints.wait()
+                with clock.spending("checkpoint_save", "ending"):
+                    checkpoints.wait()
+                if start < config.steps:
+                    account.close()
                 log.close()
     finally:
         checkpoints.close()
@@ -265,14 +287,14 @@ def extent(config: Config, start: int) -> str:
 
 def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):
     """The state after all steps. Metrics are read once the next step is on its way."""
-    pending, doing = None, watch.gang.doing
+    pending, clock = None, watch.clock
     watch.gang.together("the first step")
     with feed(config, mesh, start) as (batches, dropped):
         for step in range(start + 1, config.steps + 1):
-            doing(f"waiting for data of step {step}")
-            batch = watch.clock.wait(batches)
-            doing(f"step {step}" if step > start + 1 else "compiling the step")
-            state, metrics = step_fn(state, batch)
+            batch = clock.wait(batches, f"waiting for data of step {step}")
+            what = f"step {step}" if step > start + 1 else "compiling the step"
+            with clock.spending("step", what), watch.stepping(step):
+                state, metrics = step_fn(state, batch)
             if pending:
                 watch.see(*pending)
             pending = (step, metrics, dropped)
@@ -282,8 +304,8 @@ def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):
                 watch.see(*pending)
                 pending = None
             if last or step % config.save_every == 0:
-                doing(f"saving step {step}")
-                watch.checkpoints.save(step, state)
+                with clock.spending("checkpoint_save", f"saving step {step}"):
+                    watch.checkpoints.save(step, state)
             if not stop and (last or step % config.eval_every == 0):
                 scores.add(step, state)
                 watch.restart()  # an evaluation counts for no step's time

@@ -10,9 +10,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sslx.console import lasting
 
+Read = TypeVar("Read")
 Value = float | np.ndarray  # a number, or a uint8 picture [H, W, C]
 
 log = logging.getLogger("sslx")
@@ -72,24 +73,35 @@ def step_rows(run: Path) -> Iterator[dict[str, Any]]:
         log.warning("%s: lines that are no rows, and are left out: %d", path, odd)
 
 
+def read_json(path: Path, none: Read, checked: Callable[[Any], Read] = lambda x: x) -> Read:
+    """What `checked` makes of a file of JSON; `none` where there is no file, and where it cannot be
+    read, is of another type, or `checked` refuses it: then it is put aside, and that is said."""
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, type(none)):
+            raise ValueError(f"it is no {type(none).__name__}")
+        return checked(content)
+    except FileNotFoundError:
+        return none
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+        aside = path.with_suffix(".damaged.json")
+        log.warning("%s is damaged (%s): put aside as %s", path, error, aside.name)
+        with contextlib.suppress(OSError):
+            path.replace(aside)
+        return none
+
+
 # ---- scores ----
 
 
 def read_scores(run: Path) -> dict[str, dict[str, float]]:
     """{column: {name: value}} of a run's evals.json, empty before the first evaluation. One that
     cannot be read is put aside, and that is said."""
-    path = run / "evals.json"
-    try:
-        columns = json.loads(path.read_text())
+
+    def checked(columns: dict) -> dict[str, dict[str, float]]:
         return {name: {k: float(v) for k, v in of.items()} for name, of in columns.items()}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        aside = path.with_name("evals.damaged.json")
-        log.warning("%s is damaged (%s): put aside as %s", path, error, aside.name)
-        with contextlib.suppress(OSError):
-            path.replace(aside)
-        return {}
+
+    return read_json(run / "evals.json", {}, checked)
 
 
 def add_scores(run: Path, columns: Mapping[str, Mapping[str, float]]) -> None:
@@ -98,49 +110,6 @@ def add_scores(run: Path, columns: Mapping[str, Mapping[str, float]]) -> None:
     known = read_scores(run)
     merged = known | {name: known.get(name, {}) | dict(of) for name, of in columns.items()}
     write_whole(run / "evals.json", json.dumps(merged, indent=1) + "\n")
-
-
-# ---- time ----
-
-
-class Clock:
-    """Examples a second and the share of time spent waiting for data, between two readings."""
-
-    def __init__(self):
-        self.read(0)
-
-    def rates(self, steps: int) -> tuple[float, float]:
-        """(steps a second, share of time waited) since the last reading."""
-        now = time.perf_counter()
-        elapsed = max(now - getattr(self, "start", now), 1e-9)
-        return steps / elapsed, getattr(self, "waited", 0.0) / elapsed
-
-    def read(self, steps: int) -> tuple[float, float]:
-        """The rates since the last reading; the next ones begin anew."""
-        rates = self.rates(steps)
-        self.start, self.waited, self.stood = time.perf_counter(), 0.0, 0.0
-        return rates
-
-    def spent(self) -> tuple[float, float, float]:
-        """Seconds since the last reading: in all, waiting for data, waiting for the devices."""
-        return time.perf_counter() - self.start, self.waited, self.stood
-
-    @contextlib.contextmanager
-    def blocked(self) -> Iterator[None]:
-        """A context whose time counts as waiting for the devices."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stood += time.perf_counter() - begin
-
-    def wait(self, iterator):
-        """The iterator's next element; the time it takes counts as waiting."""
-        begin = time.perf_counter()
-        try:
-            return next(iterator)
-        finally:
-            self.waited += time.perf_counter() - begin
 
 
 class Handler(logging.Handler):

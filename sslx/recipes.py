@@ -31,6 +31,7 @@ from sslx.log import write_whole
 LARGEST = 1 << 24  # bytes of a file that is copied into a run
 # The files that a run has itself, beside those of its recipe.
 OWN = {"recipe.py", "overrides.json", "config.txt", "config.pickle", "metrics.jsonl", "evals.json"}
+OWN |= {"environment.json", "goodput.json"}
 
 
 @dataclass(frozen=True)

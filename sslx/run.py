@@ -8,6 +8,7 @@ import functools
 import re
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ from sslx.config import (
 from sslx.data.formats.arrays import arrays
 from sslx.data.pipeline import Pipeline
 from sslx.data.source import Source
+from sslx.environment import record
 from sslx.evals.features import Features, Pool, extract
 from sslx.evals.probes import Probes
 from sslx.export import hf, timm
@@ -94,12 +96,17 @@ def fit(
 
 
 def fit_recipe(
-    recipe: Recipe, run: Path, accept_changes: bool = False, force: bool = False
+    recipe: Recipe,
+    run: Path,
+    accept_changes: bool = False,
+    force: bool = False,
+    began: float | None = None,
 ) -> "Run":
-    """Train the config of a recipe file, which is copied into the run, and return the Run."""
+    """Train the config of a recipe file, which is copied into the run, and return the Run.
+    `began` is when the program began, by time.perf_counter()."""
     config = recipe.load()
     moved = str(run.absolute()), recipe.folder
-    start(config, run, lambda: recipe.save(run), accept_changes, force, moved)
+    start(config, run, lambda: recipe.save(run), accept_changes, force, moved, began)
     return Run(run, config)
 
 
@@ -110,8 +117,10 @@ def start(
     accept_changes: bool,
     force: bool,
     moved: tuple[str, str] = ("", ""),
+    began: float | None = None,
 ) -> None:
     """Train in `run`, once `save` has written there what it takes to open it."""
+    began = time.perf_counter() if began is None else began
     for line in lines(config, law=True):
         if re.search(" at 0x[0-9a-f]+>", line):
             raise ConfigError(
@@ -131,7 +140,8 @@ def start(
         check(config)  # what cannot work fails before it is saved
         with writing(run, force):
             by_first(save)
-            engine.train(config, run, gang)
+            by_first(lambda: record(run, moved[1]))
+            engine.train(config, run, gang, began)
 
 
 def keep(config: Config, run: Path) -> None:

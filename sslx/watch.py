@@ -1,15 +1,19 @@
 """Watching a run: metrics as they arrive, alarms, and evaluations between steps."""
 
+import contextlib
 import json
+import math
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from sslx.checkpoint import Checkpoints
-from sslx.config import Config, Numbers, Progress, Trained, unheard
+from sslx.config import Config, Numbers, Progress, Trained, unheard, window
 from sslx.gang import Gang, Window
-from sslx.log import Clock, Log, add_scores, append, read_scores
+from sslx.goodput import Account
+from sslx.log import Log, add_scores, append, read_scores
 from sslx.processes import of_first
 from sslx.sharding import batch_sharding
 from sslx.state import TrainState, first_state, fresh_state
@@ -30,12 +34,31 @@ class Collapsed(Diverged):
 
 
 class Watch:
-    """Logs metrics once they have arrived, and stops a run that diverged or collapsed."""
+    """Logs metrics once they have arrived, and stops a run that diverged or collapsed.
 
-    def __init__(self, config: Config, log: Log, checkpoints: Checkpoints, gang: Gang):
+    `fastest` is to be the steps a second at the peak of the devices, nan where that is not known.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        log: Log,
+        checkpoints: Checkpoints,
+        account: Account,
+        gang: Gang,
+        fastest: Future[float],
+    ):
         self.config, self.log, self.checkpoints, self.gang = config, log, checkpoints, gang
-        self.clock, self.since, self.skipped, self.flat = Clock(), 0, 0, 0
-        self.named = 0
+        self.account, self.clock, self.fastest = account, account.clock, fastest
+        self.since, self.skipped, self.flat, self.named = 0, 0, 0, 0
+        self.saving = self.clock.totals()["checkpoint_save"]
+        self.clock.read(0)
+        self.profile = Profile(log, config.profile, account.first)
+
+    def stepping(self, step: int) -> contextlib.AbstractContextManager:
+        """A context in which a step is dispatched; profilers show it by its number."""
+        self.profile.begin(step)
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def see(self, step: int, metrics: Metrics, dropped: dict[str, str]) -> None:
         """One step's metrics, fetched here, while the next step is already under way."""
@@ -49,19 +72,31 @@ class Watch:
             raise Diverged(self.diagnosis(step, values))
         self.collapse(step, values)
         self.since += 1
+        self.account.step = step
         rate, waited = self.clock.rates(self.since)  # since the last logged step
-        speed = rate * self.config.batch_size
+        speed, share = rate * self.config.batch_size, rate / self.fastest.result()
         counts = {"skipped": self.skipped, "data/dropped": count}
         counts = {name: n for name, n in counts.items() if n}
         parts = [f"loss {values['loss']:.4f}", f"{speed:,.0f} examples/s", f"waited {waited:.0%}"]
+        parts += [] if math.isnan(share) else [f"{share:.0%} of peak"]
         text = "  ".join(parts + [f"{name} {n}" for name, n in counts.items()])
-        if step > 1 and step % self.config.log_every and step != self.config.steps:
-            return self.log.progress(step, text)
-        self.gang.measured(Window(step, *self.clock.spent()))
-        rates = {"examples_per_s": speed, "data/waited": waited, **self.gang.straggler()}
-        self.log.write(step, {**values, **rates, **counts})
-        self.log.progress(step, text, line=True)
-        self.restart()
+        row = step <= 1 or step % self.config.log_every == 0 or step == self.config.steps
+        if row:
+            self.gang.measured(Window(step, *self.clock.spent()))
+            measured = {"examples_per_s": speed, "data/waited": waited, "share_of_peak": share}
+            measured = {name: x for name, x in measured.items() if not math.isnan(x)}
+            measured |= self.gang.straggler() | counts | self.spent()
+            self.log.write(step, {**values, **measured})
+            self.account.write()
+        self.log.progress(step, text, line=row)
+        if self.profile.end(step) or row:
+            self.restart()
+
+    def spent(self) -> dict[str, float]:
+        """Seconds of the run by kind, and how long it stood still for saves since the last row."""
+        before, self.saving = self.saving, self.clock.totals()["checkpoint_save"]
+        seconds = {f"seconds/{kind}": x for kind, x in self.account.seconds().items()}
+        return {"checkpoint/stalled_s": self.saving - before, **seconds}
 
     def restart(self) -> None:
         """Begin a new window of the speed; what was since the last one counts for none."""
@@ -110,16 +145,60 @@ class Watch:
 
     def newest(self, before: int | None = None) -> int:
         """The newest checkpoint, once all is written, or the newest before a step; 0 for none."""
-        self.checkpoints.wait()
+        with self.clock.spending("checkpoint_save"):
+            self.checkpoints.wait()
         return max((s for s in self.checkpoints.good() if before is None or s < before), default=0)
+
+
+class Profile:
+    """A trace of some steps of a run by jax's profiler, in RUN/plugins/profile, where XProf and
+    TensorBoard look for it. Only process 0 traces: all do the same."""
+
+    def __init__(self, log: Log, steps: str | None, start: int):
+        self.log, self.tracing = log, False
+        self.steps = window(steps) if steps and log.speaks else range(0)
+        if self.steps and self.steps[-1] <= start:
+            log.say(f"no step of profile={steps} is left: the run goes on from step {start}")
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.tracing:
+            self.stop(self.newest)
+
+    def begin(self, step: int) -> None:
+        """Begin before the first of the steps, or of those that are left."""
+        self.newest = step
+        if step in self.steps and not self.tracing:
+            jax.profiler.start_trace(str(self.log.run))
+            self.tracing, self.first = True, step
+
+    def end(self, step: int) -> bool:
+        """Whether the last of the steps has been computed, where the trace then ends."""
+        ends = self.tracing and step >= self.steps[-1]
+        if ends:
+            self.stop(step)
+        return ends
+
+    def stop(self, step: int) -> None:
+        self.tracing = False
+        try:
+            jax.profiler.stop_trace()
+        except (OSError, RuntimeError) as error:
+            self.log.warn(f"the profile is lost ({error}); the run goes on")
+        else:
+            self.log.say(f"profile of steps {self.first} to {step}: xprof --logdir {self.log.run}")
 
 
 class Scores:
     """The evaluations of a run, in evals.json: those of random init first."""
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, run: Path, log: Log, gang: Gang):
+    def __init__(
+        self, config: Config, mesh: jax.sharding.Mesh, run: Path, log: Log, account: Account
+    ):
         self.config, self.mesh, self.log, self.run = config, mesh, log, run
-        self.gang = gang
+        self.account = account
         self.known = read_scores(run)
 
     def begin(self, start: int, state: TrainState | None) -> TrainState:
@@ -149,19 +228,19 @@ class Scores:
         """Run every eval, write its numbers and pictures, say them beside random init's."""
         if not self.config.evals:
             return
+        title = name or f"step {step}"
 
         def progress(task: str, done: int, total: int) -> None:
-            self.gang.doing(f"evaluating {name or f'step {step}'}: {task}")
+            self.account.clock.tell(f"evaluating {title}: {task}")
             self.log.progress(step, f"evaluating: {task} {done}/{total}")
 
-        self.gang.doing(f"evaluating {name or f'step {step}'}")
         self.log.progress(step, "evaluating")
-        values = evaluate(self.config, self.mesh, state, progress)
+        with self.account.clock.spending("evaluation", f"evaluating {title}"):
+            values = evaluate(self.config, self.mesh, state, progress)
         if not (name and self.config.start):  # a run with a start has another step 0
             self.log.write(step, values)
         scores = {k: v for k, v in values.items() if not isinstance(v, np.ndarray)}
         base = self.known.get("random init", {})
-        title = name or f"step {step}"
         self.known[title] = scores
         if self.log.speaks:
             with self.log.forgiving(step, "evals.json"):
@@ -170,6 +249,7 @@ class Scores:
             f"{k} {v:.4g}" + (f" ({base[k]:.4g})" if k in base else "") for k, v in scores.items()
         ]
         self.log.say(f"{title}{' (random init)' * bool(base)}:  " + "  ".join(parts))
+        self.account.write()
 
 
 def evaluate(

@@ -1,6 +1,7 @@
 """Bad input gets one clear error, before device work where possible, and nothing is lost."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -212,6 +213,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capfd, every):
     assert said.startswith("sslx: Step 25: loss nan, grad_norm nan, ") and kept in said
     assert "nonfinite=skip" in said
     assert steps(tmp_path) == [20][: every < 25]
+    [time] = json.loads((tmp_path / "goodput.json").read_text())
+    assert (time["from"], time["step"]) == (0, 24) and time["seconds"]["step"] > 0
     assert all(np.isfinite(row["loss"]) for row in rows(tmp_path))
 
 

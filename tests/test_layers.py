@@ -16,7 +16,7 @@ types vocabulary console chips hlo exits
 ops
 schedules data sharding digest processes rendezvous
 models optim views checkpoint log signals cluster gang
-objectives groups
+objectives groups goodput environment
 export
 start
 config

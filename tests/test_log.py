@@ -2,23 +2,12 @@
 
 import json
 import re
-import time
 
-import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from commands import TINY
 
-from sslx.log import Clock, Log, add_scores, read_scores
-
-
-@pytest.fixture
-def now(monkeypatch):
-    """A clock that the test moves."""
-    moment = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: moment[0])
-    return moment
+from sslx.log import Log, add_scores, read_scores
 
 
 def rows(run) -> list[dict]:
@@ -36,47 +25,6 @@ def diary(run, start=0, steps=10, written=()):
     for step in written:
         log.write(step, {"loss": 1 / step if step else 9.0})
     log.close()
-
-
-def slowly(now, seconds: float):
-    for i in range(100):
-        now[0] += seconds
-        yield i
-
-
-# ---- clock ----
-
-
-def test_clock_reads_rates_since_the_last_reading(now):
-    clock = Clock()
-    batches = slowly(now, 0.5)
-    for expected in range(4):
-        assert clock.wait(batches) == expected  # half a second waited
-        now[0] += 1.5  # and one and a half worked
-    assert clock.read(4) == pytest.approx((4 / 8, 0.25))
-    now[0] += 2.0
-    assert clock.read(1) == pytest.approx((0.5, 0.0))  # both start anew
-    clock.wait(batches)
-    assert clock.read(1) == pytest.approx((2.0, 1.0))
-
-
-def test_clock_counts_a_wait_that_fails(now):
-    clock = Clock()
-
-    def broken():
-        now[0] += 3.0
-        raise OSError("gone")
-        yield
-
-    with pytest.raises(OSError, match="gone"):
-        clock.wait(broken())
-    now[0] += 1.0
-    assert clock.read(0) == pytest.approx((0.0, 0.75))
-
-
-def test_clock_read_twice_at_once_is_finite(now):
-    clock = Clock()
-    assert np.isfinite(clock.read(0)).all()
 
 
 # ---- rows ----
@@ -128,29 +76,6 @@ def test_a_diary_that_cannot_be_read_stops_nothing(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").mkdir()
     diary(tmp_path, start=4, written=(6,))
     assert "metrics from step 4 on are lost (" in caplog.text
-
-
-def test_the_bar_shows_speed_and_loss_of_now(tmp_path, now, monkeypatch):
-    from sslx.checkpoint import Checkpoints
-    from sslx.recipes import load
-    from sslx.watch import Watch
-
-    shown, config, log = [], load(TINY, "batch_size=10", "log_every=100"), Log(tmp_path, 1000)
-    monkeypatch.setattr(log, "progress", lambda step, text="", line=False: shown.append(text))
-    watch = Watch(config, log, Checkpoints(tmp_path))
-    sound = {"grad_norm": jnp.float32(1), "param_norm": jnp.float32(1), "dropped": jnp.zeros(1)}
-    for step in range(1, 6):
-        now[0] += 2.0
-        watch.see(step, {"loss": jnp.float32(step), **sound}, {})
-    assert [text.split("  ")[:2] for text in shown[1:]] == [
-        [f"loss {step}.0000", "5 examples/s"] for step in range(2, 6)
-    ]
-    now[0] += 100.0  # an evaluation
-    watch.restart()
-    now[0] += 1.0
-    watch.see(6, {"loss": jnp.float32(6), **sound}, {})
-    assert shown[-1].startswith("loss 6.0000  10 examples/s")
-    log.close()
 
 
 @pytest.mark.parametrize(

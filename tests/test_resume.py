@@ -35,6 +35,11 @@ def losses(path):
     return [(row["step"], row["loss"]) for row in rows(path)]
 
 
+def spans(path):
+    """(first, last) of the steps of each start, by the account of time."""
+    return [(x["from"], x["step"]) for x in json.loads((path / "goodput.json").read_text())]
+
+
 def held(process, path):
     """Wait until a run has logged step 25 and stands still for want of data."""
     until(lambda: losses(path)[-1:] and losses(path)[-1][0] == 25 and 20 in steps(path), process)
@@ -80,6 +85,7 @@ def test_killed_and_resumed_is_bitwise_the_run_in_one_go(whole, killed, tmp_path
     run("train", TINY, "data.workers=2", "--workdir", path)
     assert end(path) == end(whole)
     assert losses(path) == losses(whole)
+    assert spans(path) == [(0, 25), (20, 40)]  # what was killed is known up to its last row
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)], ids=str)
@@ -127,6 +133,7 @@ def test_a_signal_to_the_group_saves_and_ends(whole, tmp_path, signum, workers):
     (*_, last) = steps(path)
     assert process.returncode == 128 + signum
     assert 25 < last < 40 and "Traceback" not in said
+    assert spans(path) == [(0, last)] and re.search(r"^time: 0:", said, re.MULTILINE)
     line = f"sslx: {signum.name}: saved at step {last}; the same command goes on from there.\n"
     assert said.endswith("\n" + line) or said == line
     run("train", path, "data.workers=0")

@@ -1,5 +1,6 @@
 """Where arrays live: the rules, their fallbacks, and what the compiled step makes of them."""
 
+import contextlib
 import functools
 import re
 from dataclasses import dataclass, replace
@@ -416,11 +417,16 @@ class Watching:
     """What `loop` needs of a Watch and of Scores, noting the order of dispatches and looks."""
 
     def __init__(self, events):
-        self.events, self.clock, self.checkpoints = events, self, self
+        self.events, self.clock, self.checkpoints, self.gang = events, self, self, self
 
-    def wait(self, batches):
+    def wait(self, batches, what):
         self.events.append("dispatch")
         return next(batches)
+
+    def spending(self, *kind):
+        return contextlib.nullcontext()
+
+    stepping = together = spending
 
     def see(self, step, metrics, dropped):
         self.events.append(f"see {step}")
