@@ -389,7 +389,7 @@ def summary(config: Config) -> str:
     ]
     work, needed = engine.step_flops(config, mesh)
     size = sum(x.size for x in jax.tree.leaves(state.params))
-    memory = sum(np.prod(x.shape) * 4 for x in jax.tree.leaves(state)) / 2**20
+    memory = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 2**20
     each, once = (f"{x / config.batch_size / 1e9:.4g} G" for x in (work, needed))
     return "\n".join(
         [
