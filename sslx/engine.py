@@ -17,6 +17,7 @@ from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.chips import options
 from sslx.config import Config, leaves, override
 from sslx.log import Log
+from sslx.models.attention import heard
 from sslx.ops.flops import flops
 from sslx.ops.trees import norm
 from sslx.sharding import batch_sharding, placed, rows_here, slice_of
@@ -229,12 +230,14 @@ def train(config: Config, run: Path) -> TrainState:
         with jax.set_mesh(mesh), Signals() as signals:
             start, state = checkpoints.restore(abstract_state(config, mesh)) or (0, None)
             step_fn = jitted_step(config, mesh)
+            choices: list[str] = []
             if start < config.steps:  # what is wrong with an objective shows before evaluations
-                step_fn.trace(abstract_state(config, mesh), fed_batch(config, mesh))
+                with heard() as choices:
+                    step_fn.trace(abstract_state(config, mesh), fed_batch(config, mesh))
             log = Log(run, config.steps, start)
             try:
                 if start < config.steps:
-                    log.say(extent(config, start))
+                    log.say("\n".join([extent(config, start), *choices]))
                 scores = Scores(config, mesh, run, log)
                 state = scores.begin(start, state)
                 if start >= config.steps:
