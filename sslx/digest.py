@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sslx.ops.bits import mixed
 from sslx.types import Array, Tree
 
 NO_MESH = jax.sharding.Mesh(np.empty((), object), (), axis_types=())
@@ -71,16 +72,9 @@ def _sums(x: Array) -> tuple[Array, Array]:
     bits, place = bits.astype(jnp.uint32), jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):  # coordinates, for a flat index overflows at 2**32
         index = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        place = _mix(place + (index ^ jnp.uint32(0x9E3779B9)))
-    terms, zeros = (bits * (place | jnp.uint32(1)), _mix(bits ^ place)), (np.uint32(0),) * 2
+        place = mixed(place + (index ^ jnp.uint32(0x9E3779B9)))
+    terms, zeros = (bits * (place | jnp.uint32(1)), mixed(bits ^ place)), (np.uint32(0),) * 2
     return lax.reduce(terms, zeros, lambda x, y: (x[0] + y[0], x[1] + y[1]), range(bits.ndim))
-
-
-def _mix(x: Array) -> Array:
-    """MurmurHash3's finalizer, a permutation of uint32 (A. Appleby, public domain)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
 
 
 # ---- states as flat dicts ----

@@ -21,6 +21,7 @@ from sslx.config import Config, leaves, override
 from sslx.gang import Gang
 from sslx.goodput import Account, Clock, Compilations
 from sslx.log import Log
+from sslx.models.attention import heard
 from sslx.ops.flops import flops
 from sslx.ops.trees import norm
 from sslx.sharding import batch_sharding, placed, rows_here, slice_of
@@ -247,14 +248,15 @@ def train(config: Config, run: Path, gang: Gang, began: float | None = None) -> 
             with clock.spending("checkpoint_restore", "restoring"):
                 start, state = checkpoints.restore(abstract_state(config, mesh)) or (0, None)
             step_fn = jitted_step(config, mesh)
+            choices: list[str] = []
             if start < config.steps:  # what is wrong with an objective shows before evaluations
-                with clock.spending("compile", "tracing the step"):
+                with clock.spending("compile", "tracing the step"), heard() as choices:
                     step_fn.trace(abstract_state(config, mesh), fed_batch(config, mesh))
             log = Log(run, config.steps, start)
             account = Account(log, clock, start)
             try:
                 if start < config.steps:
-                    log.say(extent(config, start))
+                    log.say("\n".join([extent(config, start), *choices]))
                     account.write()
                 scores = Scores(config, mesh, run, log, account)
                 with Compilations(log, clock), ThreadPoolExecutor(1, "sslx-flops") as aside:

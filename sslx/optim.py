@@ -3,6 +3,8 @@
 Which params decay is decided by path, never by rank: layers stacked for a scan have one axis more.
 Schedules read the step, so an optimizer's state holds moments and no count of its own, but Adam's
 number of updates, which corrects its bias.
+
+Moments are float32, or with `moments=bfloat16` half as large (see `stored`).
 """
 
 import abc
@@ -15,7 +17,9 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
+from sslx.ops.bits import mixed, rounded
 from sslx.ops.trees import matching, paths
 from sslx.schedules import Constant
 from sslx.types import Array, Params, Schedule, Tree
@@ -27,11 +31,17 @@ class Optimizer(abc.ABC):
     """An optax transformation that is a value."""
 
     learning_rate: float | Schedule
+    moments: DTypeLike = jnp.float32  # what they are stored as
     patterns: ClassVar[tuple[str, ...]] = ("no_decay",)  # fields that name params by path
 
     def __post_init__(self):
         if isinstance(self.learning_rate, Real):
             object.__setattr__(self, "learning_rate", Constant(float(self.learning_rate)))
+        if jnp.dtype(self.moments) not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(
+                f"moments={jnp.dtype(self.moments).name}: use float32 or bfloat16, whose range "
+                f"holds the square of a small gradient."
+            )
 
     @abc.abstractmethod
     def transform(self) -> optax.GradientTransformationExtraArgs:
@@ -88,11 +98,12 @@ class AdamW(Optimizer):
     weight_decay: float | Schedule = 0.0
     no_decay: str = NORMS_AND_BIASES
     clip: float | None = None
+    moments: DTypeLike = jnp.float32
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
             clip_by_norm(self.clip),
-            optax.scale_by_adam(self.b1, self.b2, self.epsilon),
+            stored(optax.scale_by_adam(self.b1, self.b2, self.epsilon), self.moments),
             decay(self.weight_decay, self.no_decay),
             downhill(self.learning_rate),
         )
@@ -113,11 +124,12 @@ class BERTAdam(Optimizer):
     weight_decay: float | Schedule = 0.01
     no_decay: str = NORMS_AND_BIASES
     clip: float | None = 1.0
+    moments: DTypeLike = jnp.float32
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
             clip_by_norm(self.clip),
-            uncorrected_adam(self.b1, self.b2, self.epsilon),
+            stored(uncorrected_adam(self.b1, self.b2, self.epsilon), self.moments),
             decay(self.weight_decay, self.no_decay),
             downhill(self.learning_rate),
         )
@@ -132,11 +144,12 @@ class SGD(Optimizer):
     nesterov: bool = False
     weight_decay: float | Schedule = 0.0
     no_decay: str = NORMS_AND_BIASES
+    moments: DTypeLike = jnp.float32
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
             decay(self.weight_decay, self.no_decay),
-            optax.trace(self.momentum, self.nesterov),
+            stored(optax.trace(self.momentum, self.nesterov), self.moments),
             downhill(self.learning_rate),
         )
 
@@ -156,13 +169,14 @@ class LARS(Optimizer):
     weight_decay: float | Schedule = 0.0
     no_decay: str = NORMS_AND_BIASES
     no_trust: str = NORMS_AND_BIASES
+    moments: DTypeLike = jnp.float32
     patterns = ("no_decay", "no_trust")
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
             decay(self.weight_decay, self.no_decay),
             trusted(self.trust, self.no_trust),
-            optax.trace(self.momentum),
+            stored(optax.trace(self.momentum), self.moments),
             downhill(self.learning_rate),
         )
 
@@ -181,6 +195,7 @@ class ClassicLARS(Optimizer):
     weight_decay: float | Schedule = 0.0
     no_decay: str = NORMS_AND_BIASES
     no_trust: str = NORMS_AND_BIASES
+    moments: DTypeLike = jnp.float32
     patterns = ("no_decay", "no_trust")
 
     def transform(self) -> optax.GradientTransformation:
@@ -188,7 +203,7 @@ class ClassicLARS(Optimizer):
             decay(self.weight_decay, self.no_decay),
             trusted(self.trust, self.no_trust),
             downhill(self.learning_rate),
-            optax.trace(self.momentum),
+            stored(optax.trace(self.momentum), self.moments),
         )
 
 
@@ -207,12 +222,13 @@ class ClippedLARS(Optimizer):
     trust: float = 0.02
     weight_decay: float | Schedule = 0.0
     plain: str = NORMS_AND_BIASES
+    moments: DTypeLike = jnp.float32
     patterns = ("plain",)
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
             clipped(self.learning_rate, self.trust, self.weight_decay, self.plain),
-            optax.trace(self.momentum),
+            stored(optax.trace(self.momentum), self.moments),
             downhill(self.learning_rate),
         )
 
@@ -232,11 +248,12 @@ class LAMB(Optimizer):
     weight_decay: float | Schedule = 0.0
     no_decay: str = NORMS_AND_BIASES
     no_trust: str = NORMS_AND_BIASES
+    moments: DTypeLike = jnp.float32
     patterns = ("no_decay", "no_trust")
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
-            optax.scale_by_adam(self.b1, self.b2, self.epsilon),
+            stored(optax.scale_by_adam(self.b1, self.b2, self.epsilon), self.moments),
             decay(self.weight_decay, self.no_decay),
             trusted(1.0, self.no_trust),
             downhill(self.learning_rate),
@@ -286,6 +303,43 @@ def decay(weight_decay: float | Schedule, no_decay: str) -> optax.GradientTransf
         return jax.tree.map(lambda u, p, e: u if e else u + rate * p, updates, params, exempt)
 
     return stateless(decayed)
+
+
+def stored(inner: optax.GradientTransformation, moments: DTypeLike) -> optax.GradientTransformation:
+    """`inner` with moments stored as float32, or as bfloat16, which are half as large.
+
+    They are computed and used in float32 and rounded at random where they are stored, by step,
+    array and element, so that on average nothing is lost. Rounded to the nearest, a second moment
+    with b2 = .999 could grow but never fall: it moves by a thousandth of itself, and a step of
+    bfloat16 is 4 to 8. (DeepSeek-V3 stores both moments in bfloat16, with b2 = .95,
+    arXiv:2412.19437; optax, big_vision and MaxText the first alone.)
+
+    Rounding gives a second moment that stands still a deviation of 4 % at b2 = .999 and
+    1 % at .95; one of independent gradients has 3 % and 23 % by itself. Measured: an MLP denoises
+    digits, 3,000 steps, four seeds; loss in units of 1e-4, deviation over seeds 1 to 2:
+
+             float32   at random   to the nearest
+        .95   710.5      710.5         710.5
+        .999  721.8      721.8         728.2
+    """
+    if jnp.dtype(moments) == jnp.float32:
+        return inner
+
+    def init(params: Params) -> Tree:
+        narrow = lambda x: x.astype(moments) if x.dtype == jnp.float32 else x  # noqa: E731
+        return jax.tree.map(narrow, inner.init(params))
+
+    def update(grads, state, params=None, *, step, **others):
+        del others
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == moments else x, state)
+        updates, moved = inner.update(grads, wide, params)
+        leaves, treedef = jax.tree.flatten(moved)
+        seeds = mixed(jnp.uint32(step)) + jnp.arange(len(leaves), dtype=jnp.uint32)
+        pairs = zip(leaves, seeds, strict=True)
+        narrow = [rounded(x, seed) if x.dtype == jnp.float32 else x for x, seed in pairs]
+        return updates, treedef.unflatten(narrow)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class Moments(NamedTuple):

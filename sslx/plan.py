@@ -26,6 +26,7 @@ from sslx.chips import CHIPS, OPTIONS, Chip
 from sslx.config import Config, ConfigError, Progress, leaves, unheard
 from sslx.engine import fed_batch, jitted_step, step_flops
 from sslx.hlo import Collective
+from sslx.models.attention import heard
 from sslx.models.transformer import Remat
 from sslx.ops.trees import path_of
 from sslx.recipes import Recipe
@@ -149,6 +150,7 @@ class Plan:
     whole       arrays that hold the whole batch where they should hold a share; None where it
                 cannot be told, since an axis of the model is as long as the batch
     replicated  large params that lie whole on every device
+    attention   which forms of it the compiled step has, in words
     refused     why the compiler refused the program; empty where it did not
     """
 
@@ -169,6 +171,7 @@ class Plan:
     largest: tuple[Array, ...] = ()
     whole: tuple[Array, ...] | None = ()
     replicated: tuple[Array, ...] = ()
+    attention: tuple[str, ...] = ()
     seconds: float = 0.0
     refused: str = ""
     chip: Chip | None = None
@@ -251,7 +254,7 @@ def planned(config: Config, machine: Machine) -> Plan:
     )
     began = time.perf_counter()
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), heard() as choices:
             program = jitted_step(config, mesh).lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         said = " ".join(str(error).split())
@@ -269,6 +272,7 @@ def planned(config: Config, machine: Machine) -> Plan:
         collectives=tuple(hlo.collectives(listing, islands)),
         largest=tuple(shown(x) for x in hlo.arrays(listing))[:5],
         whole=whole(listing, config, mesh, state),
+        attention=tuple(choices),
         seconds=time.perf_counter() - began,
     )
 
@@ -334,7 +338,8 @@ def loaded(fields: dict) -> Plan:
     }
     collectives = tuple(Collective(**x) for x in fields["collectives"])
     chip = Chip(**fields["chip"]) if fields["chip"] else None
-    return Plan(**fields | arrays | {"collectives": collectives, "chip": chip})
+    others = {"collectives": collectives, "chip": chip, "attention": tuple(fields["attention"])}
+    return Plan(**fields | arrays | others)
 
 
 def sweep(recipe, overrides: Sequence[str], machine: Machine, progress: Progress = unheard):
@@ -426,6 +431,7 @@ def report(plan: Plan) -> str:
     for x in plan.whole or ():
         lines.append(f"whole batch  {gb(x.bytes)} {x.array} {x.place}")
     lines += [f"replicated   {gb(x.bytes)} {x.array} {x.place}" for x in plan.replicated]
+    lines += plan.attention
     return "\n".join([*lines, advice(plan)])
 
 

@@ -42,6 +42,7 @@ from sslx.export.card import About
 from sslx.gang import Gang
 from sslx.lock import refuse_second, writing
 from sslx.log import add_scores, read_scores, step_rows, write_picture, write_whole
+from sslx.models.attention import heard
 from sslx.models.encoder import Encoder, chosen
 from sslx.ops.trees import path_of
 from sslx.processes import by_first
@@ -399,9 +400,10 @@ def summary(config: Config) -> str:
         )
         for row in rows
     ]
-    work, needed = engine.step_flops(config, mesh)
+    with heard() as choices:
+        work, needed = engine.step_flops(config, mesh)
     size = sum(x.size for x in jax.tree.leaves(state.params))
-    memory = sum(np.prod(x.shape) * 4 for x in jax.tree.leaves(state)) / 2**20
+    memory = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 2**20
     each, once = (f"{x / config.batch_size / 1e9:.4g} G" for x in (work, needed))
     return "\n".join(
         [
@@ -409,5 +411,6 @@ def summary(config: Config) -> str:
             f"params {size:,}, on a mesh of {dict(mesh.shape)}",
             f"state {memory:,.1f} MiB (params, moments, buffers), all devices together",
             f"FLOPs of a step per example, rematerialization included: {each}; without it: {once}",
+            *choices,
         ]
     )

@@ -1,5 +1,7 @@
 """Each command of `sslx`, as a user types it."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -43,7 +45,9 @@ def probed(tmp_path_factory):
 def mae(tmp_path_factory):
     """A run of MAE, with a score that nothing measured."""
     path = tmp_path_factory.mktemp("mae")
-    assert sslx("train", TINY, "mae=True", "steps=20", "--workdir", path) == 0
+    with contextlib.redirect_stderr(io.StringIO()) as text:
+        assert sslx("train", TINY, "mae=True", "steps=20", "--workdir", path) == 0
+    assert text.getvalue().count("attention of 5 tokens, 2 heads of 8, float32: plain, ") == 1
     add_scores(path, {"step 20": {"knn/top1": 0.78125}})
     return path
 
@@ -190,6 +194,8 @@ def test_show_counts_flops_of_mae(capfd):
     text = said(capfd)
     assert "objective.encoder.width = 16" in text and "mesh.fsdp = None" in text
     want = 3 * mae_flops(4, 16, 4, (16, 1), (16, 1)) - 2 * 4 * 4 * 16  # pixels have no gradient
+    for tokens in (5, 17):
+        assert f"attention of {tokens} tokens, 2 heads of 8, float32: plain, " in text
     crop, scores = 2 * 2 * 8**3, 4 * (5**2 + 17**2) * 16  # scores are computed twice
     assert 0 <= shown_flops(text) - want <= (crop + scores) * 1.01
 

@@ -2,15 +2,23 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
+import tiny
+from contract import mesh_of
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sslx import optim
+from sslx import engine, optim
+from sslx import state as states
+from sslx.checkpoint import CheckpointError, Checkpoints, digest
+from sslx.config import override, printed
+from sslx.groups import Delayed, Frozen, Group, Grouped
+from sslx.ops.bits import rounded
 from sslx.ops.trees import matching
-from sslx.optim import LAMB, LARS, SGD, AdamW, ClassicLARS, ClippedLARS
+from sslx.optim import LAMB, LARS, SGD, AdamW, BERTAdam, ClassicLARS, ClippedLARS
 from sslx.schedules import Constant, Cosine, Warmup
 
 STEPS = 6
@@ -268,6 +276,150 @@ def test_optimizers_are_values(form):
     optimizer = form(RATE, weight_decay=0.1)
     assert optimizer == form(RATE, weight_decay=0.1) != form(RATE, weight_decay=0.2)
     assert hash(optimizer) == hash(form(RATE, weight_decay=0.1)) and "0x" not in repr(optimizer)
+
+
+# ---- moments in bfloat16 ----
+
+HALF = ml_dtypes.bfloat16
+EVERY = [AdamW, BERTAdam, SGD, LARS, ClassicLARS, ClippedLARS, LAMB]
+
+
+def neighbors(x):
+    """The bfloat16 at or below every float32 in size, and the next larger one, from their bits."""
+    low = (x.view(np.uint32) >> 16).astype(np.uint16)
+    return low.view(HALF), (low + np.uint16(1)).view(HALF)
+
+
+def test_rounding_at_random_is_right_on_average():
+    """Each value becomes one of its two neighbors, the nearer one more often, by distance."""
+    r = np.random.default_rng(0)
+    sizes = 10.0 ** r.integers(-30, 30, 500)
+    x = (r.normal(size=500) * sizes).astype(np.float32)
+    x[:3] = 0, 1, -2.5  # exact: no two neighbors
+    drawn = np.asarray(jax.jit(jax.vmap(rounded, (None, 0)))(x, np.arange(2000, dtype=np.uint32)))
+    low, high = neighbors(x)
+    assert drawn.dtype == HALF and ((drawn == low) | (drawn == high)).all()
+    assert (drawn[:, :3] == x[:3].astype(HALF)).all()
+    above = (x.astype(np.float64) - low.astype(np.float64)) / (
+        high.astype(np.float64) - low.astype(np.float64)
+    )
+    off = (drawn == high).mean(0) - above
+    deviation = np.sqrt(above * (1 - above) / 2000) + 1e-4
+    assert np.abs(off / deviation).max() < 4.5 and 0.8 < (off / deviation)[3:].std() < 1.2
+    often = (drawn == high)[:, (above > 0.1) & (above < 0.9)]  # what others do says nothing of it
+    apart = np.corrcoef(often.T)[np.triu_indices(often.shape[1], 1)] * np.sqrt(2000)
+    assert abs(apart.mean()) < 0.05 and apart.std() < 1.05 and np.abs(apart).max() < 5
+
+
+def test_what_is_not_finite_is_not_rounded():
+    """A NaN whose last bits are all ones would become -0, and so a diverged run a healthy one."""
+    bits = np.asarray([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000], np.uint32)
+    x = bits.view(np.float32)
+    for seed in range(20):
+        got = np.asarray(rounded(jnp.asarray(x), jnp.uint32(seed))).astype(np.float32)
+        assert np.isnan(got[:3]).all() and (got[3:] == x[3:]).all()
+
+
+def test_rounding_is_the_same_on_every_mesh():
+    x = np.random.default_rng(0).normal(size=(4, 16, 8)).astype(np.float32)
+    alone = np.asarray(jax.jit(rounded)(x, np.uint32(7)))
+    mesh = mesh_of(2, 2, 2)
+    for spec in (("tensor", ("replica", "fsdp"), None), (None, "fsdp", "tensor")):
+        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        cut = jax.jit(rounded, out_shardings=where)(jax.device_put(x, where), np.uint32(7))
+        assert np.asarray(cut).tobytes() == alone.tobytes()
+
+
+def held(state):
+    """The dtypes of an optimizer's arrays, without its counts."""
+    return {x.dtype.name for x in jax.tree.leaves(state) if x.ndim}
+
+
+@pytest.mark.parametrize("form", EVERY)
+def test_moments_in_bfloat16(form):
+    """The first step is that of float32, to the bit; later ones are as far off as a rounding."""
+    params, grads = drawn(0), gradients()[:STEPS]
+    wide, half = form(RATE), form(RATE, moments=jnp.bfloat16)
+    assert held(wide.init(nested(params))) == {"float32"}
+    assert held(half.init(nested(params))) == {"bfloat16"}
+    one, other = followed(wide, params, grads), followed(half, params, grads)
+    for path in SHAPES:
+        np.testing.assert_array_equal(one[0][path], other[0][path])
+        for before, a, b in zip(one[:-1], one[1:], other[1:], strict=True):
+            most = np.abs(a[path] - before[path]).max()
+            assert np.abs(a[path] - b[path]).max() < 0.03 * STEPS * most, path
+    assert any((one[-1][p] != other[-1][p]).any() for p in SHAPES)
+
+
+def test_a_second_moment_falls():
+    """Where gradients shrink to a tenth; rounded to the nearest it would stay where it is."""
+    steps, n = 1500, 4096
+    adam = optim.stored(optax.scale_by_adam(0.9, 0.999), jnp.bfloat16)
+    params = {"w": jnp.zeros(n)}
+    grads = np.where(np.arange(steps) < 300, 1, 0.1).astype(np.float32)
+
+    @jax.jit
+    def run(state):
+        def one(state, at):
+            step, grad = at
+            return adam.update({"w": jnp.full(n, grad)}, state, params, step=step)[1], None
+
+        return jax.lax.scan(one, state, (jnp.arange(steps), grads))[0]
+
+    square = np.asarray(run(adam.init(params)).nu["w"]).astype(np.float64)
+    exact = nearest = 0.0
+    for grad in grads.astype(np.float64):
+        exact = 0.999 * exact + 0.001 * grad**2
+        nearest = float(HALF(0.999 * nearest + 0.001 * grad**2))
+    assert square.mean() == pytest.approx(exact, rel=0.01)
+    assert 0.02 < square.std() / exact < 0.1  # what `stored` says of the noise
+    assert nearest > 2 * exact  # so that what is tested for is there
+
+
+def test_groups_with_moments_in_bfloat16():
+    half = AdamW(RATE, moments=jnp.bfloat16)
+    groups = (Group("conv/.*", Frozen()), Group("dense/bias", Delayed(half, 3)))
+    state = Grouped(half, (*groups, Group("zero", AdamW(RATE)))).init(nested(drawn(0)))
+    kinds = {i: {x.dtype.name for x in jax.tree.leaves(of) if x.ndim} for i, of in state.items()}
+    assert kinds == {"0": set(), "1": {"bfloat16"}, "2": {"float32"}, "-1": {"bfloat16"}}
+
+
+def test_a_run_with_moments_in_bfloat16(tmp_path):
+    """They have the shardings of their params; resumed it is the same run, to the bit; and with
+    moments of another dtype it is not that run."""
+    wide = tiny.config()
+    config = override(wide, "optimizer.moments", "bfloat16")
+    assert "optimizer.moments = bfloat16\n" in printed(config)
+    mesh = mesh_of(2, 2, 2)
+    shapes = [states.abstract_state(c, mesh) for c in (config, wide)]
+    half, other = (jax.tree.leaves(x.opt_state)[1:] for x in shapes)
+    assert [(x.dtype, x.shape, x.sharding) for x in half] == [
+        (jnp.bfloat16, x.shape, x.sharding) for x in other
+    ]
+    batch = {
+        name: np.random.default_rng(0).integers(0, 255, x.shape).astype(x.dtype)
+        for name, x in states.abstract_batch(config, mesh).items()
+    }
+    checkpoints = Checkpoints(tmp_path)
+    with jax.set_mesh(mesh):
+        step, now = engine.jitted_step(config, mesh), states.fresh_state(config, mesh)
+        for i in range(4):
+            if i == 2:
+                checkpoints.save(2, now)
+                checkpoints.wait()
+            now, _ = step(now, batch)
+        _, again = checkpoints.restore(shapes[0])
+        for _ in range(2):
+            again, _ = step(again, batch)
+    assert digest(now) == digest(again)
+    with pytest.raises(CheckpointError, match=r"is bfloat16\[.* on disk, float32\[.* here"):
+        checkpoints.restore(shapes[1])
+    checkpoints.close()
+
+
+def test_moments_that_bfloat16_is_mistaken_for():
+    with pytest.raises(ValueError, match="moments=float16: use float32 or bfloat16"):
+        AdamW(RATE, moments=jnp.float16)
 
 
 # ---- numbers ----

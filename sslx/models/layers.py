@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
+from sslx.models.attention import attention
 from sslx.sharding import constrain
 from sslx.types import Array
 
@@ -56,9 +57,6 @@ class Normal:
 he = Scaling(2.0, "fan_out", "normal")  # arXiv:1502.01852; torchvision's and transformers' ResNet
 torch_uniform = Scaling(1 / 3, "fan_in", "uniform")  # what torch's layers start with
 lecun = Scaling(1.0, "fan_in", "truncated_normal")  # Keras's default, so SimCLR's ResNet
-
-# Attention scores that a CPU has in its cache at a time: 2 MB of float32.
-CACHED = 2**19
 
 
 class Dense(nn.Module):
@@ -260,94 +258,9 @@ class Attention(nn.Module):
         kinds = {"kernel_init": self.kernel_init, "dtype": self.dtype}
         qkv = Dense(shape, ("embed", None, "heads", None), **kinds, name="qkv")(x)
         qkv = constrain(qkv, "batch", None, None, "heads", None)  # [B, N, 3, heads, D / heads]
-        if self.dropout:
-            out = dropped(qkv, segments, nn.Dropout(self.dropout, deterministic=False))
-        else:
-            out = attention_for(qkv.dtype)(qkv, segments)
-        out = checkpoint_name(out, "attention")
+        drop = nn.Dropout(self.dropout, deterministic=False) if self.dropout else None
+        out = checkpoint_name(attention(qkv, segments, drop), "attention")
         return Dense(width, ("heads", None, "embed"), contract=2, **kinds, name="out")(out)
-
-
-def attention_for(dtype: DTypeLike) -> Callable[[Array, Array | None], Array]:
-    """The softmax attention that is fastest where what is traced now will run."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    platform = device.platform if device else jax.default_backend()
-    if platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
-        return flash
-    return cached if platform == "cpu" and mesh.size <= 1 else fused
-
-
-def same(segments: Int[Array, "B N"]) -> Bool[Array, "B 1 N N"]:
-    """Which tokens attend to which: those of one segment; padding attends to padding."""
-    return (segments[:, :, None] == segments[:, None, :])[:, None]
-
-
-def flash(
-    qkv: Float[Array, "B N 3 heads d"], segments: Int[Array, "B N"] | None = None
-) -> Float[Array, "B N heads d"]:
-    """cuDNN's attention, without scores in memory; for half precision and even lengths."""
-    tokens = qkv.shape[1]
-    odd = tokens % 2
-    qkv = jnp.pad(qkv, ((0, 0), (0, odd), (0, 0), (0, 0), (0, 0)))
-    q, k, v = (qkv[:, :, i] for i in range(3))
-    if segments is None:
-        n = jnp.full(len(qkv), tokens, jnp.int32)
-        seen = {"query_seq_lengths": n, "key_value_seq_lengths": n}
-    else:
-        seen = {"mask": same(jnp.pad(segments, ((0, 0), (0, odd)), constant_values=-1))}
-    out = jax.nn.dot_product_attention(q, k, v, **seen, implementation="cudnn")
-    return out[:, :tokens]
-
-
-def fused(
-    qkv: Float[Array, "B N 3 heads d"], segments: Int[Array, "B N"] | None = None
-) -> Float[Array, "B N heads d"]:
-    """Softmax attention, left to XLA and its libraries."""
-    mask = None if segments is None else same(segments)
-    return jax.nn.dot_product_attention(*(qkv[:, :, i] for i in range(3)), mask=mask)
-
-
-def dropped(
-    qkv: Float[Array, "B N 3 heads d"],
-    segments: Int[Array, "B N"] | None,
-    drop: Callable[[Array], Array],
-) -> Float[Array, "B N heads d"]:
-    """Softmax attention with dropout of its weights, as BERT trains."""
-    q, k, v = (qkv[:, :, i] for i in range(3))
-    float32 = {"preferred_element_type": jnp.float32}
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, **float32)
-    if segments is not None:
-        scores = jnp.where(same(segments), scores, -jnp.inf)
-    return jnp.einsum("bhqk,bkhd->bqhd", drop(jax.nn.softmax(scores).astype(v.dtype)), v)
-
-
-def cached(
-    qkv: Float[Array, "B N 3 heads d"], segments: Int[Array, "B N"] | None = None
-) -> Float[Array, "B N heads d"]:
-    """Softmax attention of a few examples at a time, recomputed in the backward pass.
-
-    The scores of a whole batch go through memory many times, those of a few examples stay in the
-    CPU's cache.
-    """
-    examples, tokens, _, heads, width = qkv.shape
-
-    def attend(part):
-        qkv, segments = part
-        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2)).reshape(3, -1, tokens, width)
-        float32 = {"preferred_element_type": jnp.float32}  # h: every head of every example
-        scores = jnp.einsum("hqd,hkd->hqk", q * width**-0.5, k, **float32)
-        if segments is not None:
-            seen = jnp.repeat(same(segments)[:, 0], heads, 0)  # [h, N, N]
-            scores = jnp.where(seen, scores, -jnp.inf)
-        share = jax.nn.softmax(scores).astype(v.dtype)
-        out = jnp.einsum("hqk,hkd->hqd", share, v)
-        return out.reshape(-1, heads, tokens, width).swapaxes(1, 2)
-
-    most = max(1, CACHED // (heads * tokens**2))
-    few = max(n for n in range(1, most + 1) if examples % n == 0)
-    parts = jax.tree.map(lambda x: x.reshape(-1, few, *x.shape[1:]), (qkv, segments))
-    return jax.lax.map(jax.checkpoint(attend), parts).reshape(examples, tokens, heads, width)
 
 
 class MLP(nn.Module):
