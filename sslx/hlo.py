@@ -158,28 +158,47 @@ def sent(kind: str, result: int, count: int) -> float:
     )
 
 
+def legs(kind: str, result: int, near: int, far: int) -> tuple[float, float]:
+    """Bytes that a device sends within its island and to others, for a collective over `far`
+    islands of `near` devices: the least that can go between islands, each device its own part."""
+    if kind == "collective-permute":
+        return (0.0, float(result)) if far > 1 else (float(result), 0.0)
+    if kind == "all-to-all":
+        between = result * (far - 1) / far
+        return sent(kind, result, near * far) - between, between
+    if kind == "reduce-scatter":
+        return sent(kind, result * far, near), sent(kind, result, far)
+    return sent(kind, result, near), sent(kind, result, far) / near
+
+
 def collectives(listing: Sequence[Instruction], islands: Sequence[int]) -> list[Collective]:
     """What a device sends in a step, by kind and reach; `islands` is each partition's slice or
     node. An asynchronous collective is written in many stages, which share its channel. Between
     slices of TPUs the host does it: the device sends it its part."""
     times, seen = runs(listing), {}
     for x in listing:
+        arrays = re.findall(r"\w+\[[\d,]*\]", x.shapes)
         if x.opcode == "send" and (hosted := re.search(r'_transfer_type="(\w+)"', x.rest)):
             kind = HOSTED.get(hosted[1], "collective-permute")
-            part = size(re.findall(r"\w+\[[\d,]*\]", x.shapes)[0])
-            seen[kind, True, len(seen)] = sent(kind, part, len(set(islands))) * times(x.computation)
+            part = sent(kind, size(arrays[0]), len(set(islands)))
+            seen[kind, True, len(seen)] = part * times(x.computation)
             continue
         kind = x.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        arrays = re.findall(r"\w+\[[\d,]*\]", x.shapes)
-        arrays = arrays[1:2] if x.opcode.endswith("-start") else arrays  # operand, result, ...
+        if x.opcode.endswith("-start") and kind != "all-reduce":  # operands, results, and words
+            arrays = [array for array in arrays if array != "u32[]"]
+            arrays = arrays[len(arrays) // 2 :]
         joined = groups(x.rest) or [[*range(len(islands))]]
-        far = any(len({islands[i] for i in group}) > 1 for group in joined)
-        total = sent(kind, sum(map(size, arrays)), len(joined[0])) * times(x.computation)
+        crowds = [collections.Counter(islands[i] for i in group) for group in joined]
+        near, far = (max(map(f, crowds)) for f in (lambda c: max(c.values()), len))
+        parts = legs(kind, sum(map(size, arrays)), near, far)
         channel = re.search(r"channel_id=(\d+)", x.rest)
-        key = kind, far, channel[1] if channel else len(seen)
-        seen[key] = max(total, seen.get(key, 0))
+        number = channel[1] if channel else len(seen)
+        for between, part in zip((False, True), parts, strict=True):
+            if part or between == (far > 1):
+                key = kind, between, number
+                seen[key] = max(part * times(x.computation), seen.get(key, 0))
     found = collections.defaultdict(list)
     for (kind, far, _), total in seen.items():
         found[kind, far].append(total)

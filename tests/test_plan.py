@@ -20,7 +20,7 @@ from sslx.config import ConfigError
 from sslx.engine import step_flops, train_step
 from sslx.ops.flops import flops
 from sslx.plan import Machine, Plan
-from sslx.recipes import load
+from sslx.recipes import Recipe, load
 from sslx.state import abstract_batch, abstract_state
 
 # ---- the text of a compiled program ----
@@ -115,6 +115,50 @@ def test_collectives_are_counted_as_often_as_they_run():
     assert ("all-gather", True) not in found
 
 
+@pytest.mark.parametrize("kind", ["all-gather", "all-reduce", "reduce-scatter", "all-to-all"])
+def test_what_crosses_islands_is_a_devices_own_part(kind):
+    """Three islands of four devices: messages counted one by one. Between islands each device has
+    only to do with its like in the others; what it sends there is a quarter of what its island
+    has."""
+    S, far, near = 4096, 3, 4  # bytes of the result on a device
+    messages = {
+        "all-gather": ([S / 12] * 2, [S / 4] * 3),  # own share to two; then a quarter to three
+        "all-reduce": ([S / 12] * 4, [S / 4] * 6),  # of a quarter, in thirds; of all, in quarters
+        "reduce-scatter": ([S] * 2, [3 * S] * 3),  # 12 S in all, a quarter of it remains
+        "all-to-all": ([S / 12] * 8, [S / 12] * 3),
+    }
+    between, within = (sum(x) for x in messages[kind])
+    assert hlo.legs(kind, S, near, far) == pytest.approx((within, between))
+    assert hlo.legs(kind, S, 12, 1) == pytest.approx((hlo.sent(kind, S, 12), 0))
+
+
+STARTED = """
+ENTRY %main (x: f32[]) -> f32[] {
+  %all-reduce-start = (f32[64]{0}, f32[32]{0}) all-reduce-start(%a, %b), channel_id=1, \
+replica_groups=[1,8]<=[8]
+  %all-gather-start = ((f32[8]{0}, bf16[2]{0}), (f32[64]{0}, bf16[16]{0})) all-gather-start(%a, \
+%b), channel_id=2, replica_groups=[1,8]<=[8]
+  %collective-permute-start = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%a), \
+channel_id=3, source_target_pairs={{0,1},{1,0}}
+}
+"""
+
+
+def test_a_start_is_counted_by_its_result():
+    """Of tuples as a GPU's compiler writes them: an all-reduce has results alone, the others
+    operands before them."""
+    listing = hlo.instructions(STARTED)
+    near = {x.kind: x.bytes for x in hlo.collectives(listing, [0] * 8)}
+    assert near == {
+        "all-reduce": 7 / 4 * 96 * 4,
+        "all-gather": 7 / 8 * (64 * 4 + 16 * 2),
+        "collective-permute": 16.0,
+    }
+    nodes = {(x.kind, x.far): x.bytes for x in hlo.collectives(listing, [0] * 4 + [1] * 4)}
+    assert nodes["all-reduce", True] == 96 and nodes["all-reduce", False] == 6 / 4 * 96 * 4
+    assert ("collective-permute", True) not in nodes
+
+
 BETWEEN_SLICES = """
 ENTRY %main (x: f32[]) -> f32[] {
   %send.1 = (bf16[144,8,128]{2,1,0}, u32[], token[]) send(%bitcast.60, %after-all.27), \
@@ -153,7 +197,9 @@ def test_arrays_are_listed_largest_first_with_their_place():
         ({}, "--topology v5e:16x16, or --devices N"),
         ({"topology": "v5e:4x4", "devices": 4}, "or --devices"),
         ({"topology": "v5e:4x4", "slices": 0}, "count from 1"),
-        ({"devices": 4, "slices": 2}, "--slices counts those of a topology"),
+        ({"devices": 4, "slices": 2}, "--slices counts those of TPUs"),
+        ({"topology": "H100:8", "slices": 2}, "nodes of GPUs are H100:4x8"),
+        ({"topology": "H100:2x2x2"}, "GPUs of a node, H100:8.*GPUs A100, H100, H200, B200"),
         ({"devices": 4, "chip": "H1000"}, "no chip 'H1000'.*H100"),
     ],
 )
@@ -178,6 +224,19 @@ def test_another_libtpu_is_told_which_to_install(version, monkeypatch):
         plan.check_libtpu()
     version = "0.0.41"
     plan.check_libtpu()
+
+
+def test_gpus_that_are_not_there_have_nodes():
+    """Of the compiler that jax's extra `cuda12` brings; without it, what to install is said."""
+    machine, version = Machine("H100:2x4"), importlib.metadata.version("jax")
+    assert machine.environment()["CUDA_VISIBLE_DEVICES"] == "-1" and machine.bounds == CHIPS["H100"]
+    try:
+        devices = machine.present()
+    except ConfigError as error:
+        assert f"pip install 'jax[cuda12]=={version}'" in str(error)
+    else:
+        assert [plan.island(x) for x in devices] == [0] * 4 + [1] * 4
+        assert {chip_of(x.device_kind) for x in devices} == {"H100"}
 
 
 KINDS = {
@@ -298,9 +357,11 @@ def test_the_largest_floor_bounds_a_step(changed, bound, seconds, advice):
 
 
 def test_the_command_prints_and_writes_a_plan(tmp_path, capfd):
-    file = tmp_path / "plan.json"
+    file, run = tmp_path / "plan.json", tmp_path / "run"
+    run.mkdir()
+    Recipe(TINY, ("batch_size=24",)).save(run)  # a run says what it was started with
     asked = ("--devices", "4", "--chip", "H100", "--json", str(file))
-    assert main(["plan", str(TINY), "batch_size=24", *asked]) == 0
+    assert main(["plan", str(run), *asked]) == 0
     said = capfd.readouterr().out
     for word in ("4 CPU devices", "fsdp 4", "6 on a device", "G an example", "of peak", "fits"):
         assert word in said
@@ -315,6 +376,13 @@ def test_what_cannot_be_planned_is_one_line(capfd):
     assert said.startswith("sslx: Mesh(") and "does not cover 4 devices" in said
     assert main(["plan", str(TINY), "--topology", "v9:2x2"]) == 2
     assert "There is no topology 'v9:2x2'" in capfd.readouterr().err
+
+
+def test_what_fits_nowhere_will_not_fit_the_next_time(monkeypatch, capsys):
+    made = dataclasses.replace(GIVEN, temporaries=10**12)
+    monkeypatch.setattr(plan, "planned_elsewhere", lambda *_: made)
+    assert main(["plan", str(TINY), "--topology", "v5e:4x4"]) == 2
+    assert "does not fit" in capsys.readouterr().out
 
 
 def test_a_sweep_ranks_what_fits(monkeypatch):
