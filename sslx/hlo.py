@@ -18,7 +18,9 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 HOSTED = {x.upper().replace("-", "_"): x for x in KINDS}  # as a TPU's host names them
 BITS = {"pred": 8, "c64": 64, "c128": 128}
 IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
-MESH = re.compile(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))? ?\{{([^}}]*)\}}")
+MESH = re.compile(
+    rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:{IOTA}|([\d,]+))\))? ?\{{([^}}]*)\}}"
+)
 FREE = ("parameter", "bitcast", "get-tuple-element", "tuple")  # they make no array of their own
 
 
@@ -100,7 +102,11 @@ def runs(listing: Sequence[Instruction]):
 
 
 def groups(rest: str) -> list[list[int]]:
-    """The groups of partitions that a collective joins; [] where it says none, which is all."""
+    """The groups of partitions that a collective joins; [] where it says none, which is all.
+
+    Raises ValueError for groups in a form that is not known: taken for all, they would be counted
+    as too many.
+    """
     if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", rest):
         return [[*map(int, pair.split(","))] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
     if mesh := MESH.search(rest):
@@ -110,6 +116,8 @@ def groups(rest: str) -> list[list[int]]:
         return _iota(*dims).reshape(int(rows), int(columns)).tolist()
     if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", rest):
         return [[*map(int, group.split(","))] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    if unread := re.search(r"(?:replica_groups|source_target_pairs)=(?!\{\}).{,80}", rest):
+        raise ValueError(f"The compiler wrote {unread[0]!r}, which sslx.hlo does not read.")
     return []
 
 
@@ -124,9 +132,11 @@ def _numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(",")]
 
 
-def _of_mesh(axes: str, dims: str | None, order: str | None, joined: str) -> list[list[int]]:
+def _of_mesh(
+    axes: str, dims: str | None, order: str | None, listed: str | None, joined: str
+) -> list[list[int]]:
     """Groups along some axes of a mesh: `'a'=2,'b'=4` and `'b'`, or `'b':(2)2`, which is the part
-    of size 2 of b that comes after one of size 2."""
+    of size 2 of b that comes after one of size 2. Its devices are numbered, or `listed`."""
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
     cut = {name: (1, size, 1) for name, size in sizes.items()}
     parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", joined)
@@ -135,6 +145,7 @@ def _of_mesh(axes: str, dims: str | None, order: str | None, joined: str) -> lis
             cut[name] = int(before), int(size), sizes[name] // (int(before) * int(size))
     names = [name for name, _, _ in parts]
     ids = _iota(dims, order) if dims else np.arange(np.prod([*sizes.values()]))
+    ids = np.array(_numbers(listed)) if listed else ids
     ids = ids.reshape([n for name in sizes for n in cut[name]])
     places = {name: 3 * i + 1 for i, name in enumerate(sizes)}
     last = [places[name] for name in names]
@@ -218,9 +229,17 @@ def arrays(listing: Sequence[Instruction]) -> Iterator[tuple[int, str, tuple[int
     yield from sorted(found.values(), key=lambda array: -array[0])
 
 
-def cycles(listing: Sequence[Instruction]) -> int:
-    """Clock cycles of a step by the TPU compiler's own cost model, waits for collectives not
-    counted; 0 where it says none."""
-    times = runs(listing)
-    said = ((x, re.search(r'"estimated_cycles":"(\d+)"', x.rest)) for x in listing)
-    return sum(int(found[1]) * times(x.computation) for x, found in said if found)
+def memory(assignment: str) -> dict[str, int]:
+    """A device's memory by use, from the text of a TPU program's buffer assignment: the bytes of
+    arguments, outputs, what is both, and temporaries, in the memory that arrays share (color 0).
+    """
+    used = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries"), 0)
+    for size, kind in re.findall(r"^allocation \d+: size (\d+), (.*):$", assignment, re.M):
+        if re.search(r"\bcolor [1-9]", kind):
+            continue
+        argument, output = "parameter" in kind, "output shape" in kind or "maybe-live-out" in kind
+        used["arguments"] += int(size) * argument
+        used["outputs"] += int(size) * output
+        used["aliased"] += int(size) * (argument and output)
+        used["temporaries"] += int(size) * ("preallocated-temp" in kind)
+    return used

@@ -5,6 +5,7 @@ sslx.plan`: the TPU's keeps one topology for the life of a process, and both mus
 devices before jax begins.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -13,10 +14,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 import jax
@@ -44,6 +48,7 @@ GPUS = {
     "H200": (132, 128, 1.98, 228, 51_200, 9),
     "B200": (148, 128, 1.965, 228, 129_536, 10),
 }
+PLACED = "after_optimizations_after_buffer_assignment.txt"  # the last text before machine code
 UNTUNED = "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
 
 
@@ -221,7 +226,6 @@ class Plan:
     flops, needed  of a step on all devices; with and without what is computed a second time
     arguments, outputs, aliased, temporaries  bytes of a device's memory; the state is an argument
                 and an output, both at one place, which `aliased` counts
-    cycles      by the compiler's own estimate, 0 where it makes none
     whole       arrays that hold the whole batch where they should hold a share; None where it
                 cannot be told, since an axis of the model is as long as the batch
     replicated  large params that lie whole on every device
@@ -240,7 +244,6 @@ class Plan:
     outputs: int = 0
     aliased: int = 0
     temporaries: int = 0
-    cycles: int = 0
     collectives: tuple[Collective, ...] = ()
     largest: tuple[Array, ...] = ()
     whole: tuple[Array, ...] | None = ()
@@ -333,25 +336,60 @@ def planned(config: Config, machine: Machine) -> Plan:
     began = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
-            program = jitted_step(config, mesh).lower(state, batch).compile()
+            lowered = jitted_step(config, mesh).lower(state, batch)
+        tpu = devices[0].platform == "tpu"
+        text, memory = placed(lowered) if tpu else whole_program(lowered.compile())
     except jax.errors.JaxRuntimeError as error:
         said = " ".join(str(error).split())
         seconds = time.perf_counter() - began
         return dataclasses.replace(plan, refused=said[:400], seconds=seconds)
-    used, listing = program.memory_analysis(), hlo.instructions(program.as_text())
-    islands = [island(device) for device in mesh.devices.flat]
+    listing, islands = hlo.instructions(text), [island(device) for device in mesh.devices.flat]
     return dataclasses.replace(
         plan,
-        arguments=used.argument_size_in_bytes,
-        outputs=used.output_size_in_bytes,
-        aliased=used.alias_size_in_bytes,
-        temporaries=used.temp_size_in_bytes,
-        cycles=hlo.cycles(listing),
+        **memory,
         collectives=tuple(hlo.collectives(listing, islands)),
         largest=tuple(shown(x) for x in hlo.arrays(listing))[:5],
         whole=whole(listing, config, mesh, state),
         seconds=time.perf_counter() - began,
     )
+
+
+def whole_program(program) -> tuple[str, dict[str, int]]:
+    """The text of a compiled program, and a device's memory by use."""
+    used = program.memory_analysis()
+    return program.as_text(), {
+        "arguments": used.argument_size_in_bytes,
+        "outputs": used.output_size_in_bytes,
+        "aliased": used.alias_size_in_bytes,
+        "temporaries": used.temp_size_in_bytes,
+    }
+
+
+def placed(lowered) -> tuple[str, dict[str, int]]:
+    """The same of what the TPU's compiler writes down once each array has its place in memory.
+
+    What it does after that, nine tenths of its time, is machine code, which a plan does not need.
+    It cannot be interrupted: this process must end by os._exit.
+    """
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(lowered.compile(written))
+        except BaseException as error:
+            future.set_exception(error)
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        written = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        threading.Thread(target=work, daemon=True).start()
+        while True:
+            for text in Path(folder).glob(f"*.{PLACED}"):
+                stem = str(text).removesuffix(PLACED)
+                if Path(f"{stem}debug_options").exists():  # the file after it
+                    places = Path(f"{stem}after_optimizations-buffer-assignment.txt")
+                    return text.read_text(), hlo.memory(places.read_text())
+            with contextlib.suppress(TimeoutError):
+                return whole_program(future.result(0.2))
 
 
 def replicated(params, mesh) -> tuple[Array, ...]:
@@ -464,8 +502,8 @@ def main() -> int:
     except ValueError as error:
         print(f"sslx: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    print(json.dumps(dataclasses.asdict(made)))
-    return 0
+    print(json.dumps(dataclasses.asdict(made)), flush=True)
+    os._exit(0)  # the TPU's compiler may still be at work
 
 
 # ---- in words ----

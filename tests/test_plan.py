@@ -37,6 +37,7 @@ GROUPS = {
         [0, 1, 2, 3],
         [4, 5, 6, 7],
     ],
+    "replica_groups=mesh['a'=1,'b'=2,'c'=2], device_ids=(0,2,1,3) {'b'}": [[0, 1], [2, 3]],
     "replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}": [[0, 2], [1, 3], [4, 6], [5, 7]],
     "replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}": [[0, 1], [2, 3], [4, 5], [6, 7]],
     "source_target_pairs={{0,1},{1,0}}": [[0, 1], [1, 0]],
@@ -47,6 +48,11 @@ GROUPS = {
 @pytest.mark.parametrize("text", GROUPS)
 def test_groups_of_a_collective(text):
     assert hlo.groups(text) == GROUPS[text]
+
+
+def test_groups_of_another_form_are_no_guess():
+    with pytest.raises(ValueError, match="replica_groups=circle"):
+        hlo.groups("replica_groups=circle(4), to_apply=%add")
 
 
 def ring(kind, n, result):
@@ -183,6 +189,30 @@ def test_arrays_are_listed_largest_first_with_their_place():
     listing = compiled(lambda x: jnp.sin(x @ x.T).sum(), jax.ShapeDtypeStruct((96, 8), np.float32))
     (size, kind, shape, place), *_ = hlo.arrays(listing)
     assert (size, kind, shape) == (96 * 96 * 4, "f32", (96, 96)) and "dot_general" in place
+
+
+PLACES = """BufferAssignment:
+allocation 0: size 512, thread-local:
+ value: <28 select.52 @0> (size=512,offset=0): pred[]{:T(512)}
+allocation 1: size 4096, parameter 27, shape |f32[4,64,3]| at ShapeIndex {}, maybe-live-out:
+ value: <8086 param.29 @0> (size=4096,offset=0): f32[4,64,3]{2,1,0:T(8,128)}
+allocation 2: size 1024, parameter 3, shape |f32[256]| at ShapeIndex {}:
+allocation 3: size 256, maybe-live-out:
+allocation 4: size 128, output shape is |(f32[], f32[4])|, maybe-live-out:
+allocation 5: size 65536, color 1, preallocated-temp:
+allocation 6: size 8192, preallocated-temp:
+allocation 7: size 64, constant:
+"""
+
+
+def test_memory_is_what_was_given_a_place():
+    """Color 1 is another memory, beside the cores."""
+    assert hlo.memory(PLACES) == {
+        "arguments": 4096 + 1024,
+        "outputs": 4096 + 256 + 128,
+        "aliased": 4096,
+        "temporaries": 8192,
+    }
 
 
 # ---- machines ----
