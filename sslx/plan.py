@@ -8,6 +8,7 @@ devices before jax begins.
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -227,7 +228,7 @@ class Plan:
     arguments, outputs, aliased, temporaries  bytes of a device's memory; the state is an argument
                 and an output, both at one place, which `aliased` counts
     whole       arrays that hold the whole batch where they should hold a share; None where it
-                cannot be told, since an axis of the model is as long as the batch
+                cannot be told, since an axis of the model, or two together, are as long
     replicated  large params that lie whole on every device
     refused     why the compiler refused the program; empty where it did not
     """
@@ -406,13 +407,20 @@ def replicated(params, mesh) -> tuple[Array, ...]:
 
 def whole(listing, config: Config, mesh, state) -> tuple[Array, ...] | None:
     """Arrays with an axis as long as the whole batch, on a device that should hold a share of it,
-    but for a number for each example; None where an axis of the state is as long."""
+    but for a number for each example; None where an axis of the state is as long, or a device's
+    examples times an axis that follows them (16 of 256 patches, on 256 devices)."""
     lengths = {config.batch_size, config.batch_size // config.accumulate}
-    if ways(mesh) == 1:
+    parts = ways(mesh)
+    if parts == 1:
         return ()
     if any(lengths & set(x.shape) for x in jax.tree.leaves(state)):
         return None
-    return tuple(shown(x) for x in hlo.arrays(listing) if len(x[2]) > 1 and lengths & set(x[2]))
+    arrays = list(hlo.arrays(listing))
+    found = tuple(shown(x) for x in arrays if len(x[2]) > 1 and lengths & set(x[2]))
+    shares = {(length // parts, parts) for length in lengths}
+    if found and any(shares & {*itertools.pairwise(shape)} for _, _, shape, _ in arrays):
+        return None
+    return found
 
 
 def shown(array) -> Array:
@@ -541,7 +549,9 @@ def report(plan: Plan) -> str:
         ]
     lines += [f"large        {gb(x.bytes)} {x.array} {x.place}" for x in plan.largest]
     if plan.whole is None:
-        lines.append("whole batch  cannot be told: an axis of the model is as long as the batch")
+        lines.append(
+            "whole batch  cannot be told: an axis, or a product of two, is as long as the batch"
+        )
     for x in plan.whole or ():
         lines.append(f"whole batch  {gb(x.bytes)} {x.array} {x.place}")
     lines += [f"replicated   {gb(x.bytes)} {x.array} {x.place}" for x in plan.replicated]

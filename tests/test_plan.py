@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import TINY
+from jax.extend.core import Primitive
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -329,6 +330,24 @@ def test_a_plan_counts_what_the_state_says(tiny):
     assert tiny.floors["compute"] == work / 8 / 197e12 and 0 < tiny.share < 1
 
 
+@pytest.mark.parametrize(
+    "shapes, found",
+    [
+        ("f32[3,4]", ()),
+        ("f32[24]", ()),  # a number for each example
+        ("f32[48,4]", ("f32[48, 4]",)),
+        ("f32[24,4]", ("f32[24, 4]",)),  # a whole micro-batch
+        ("f32[24,4]{1,0}, f32[3,8,4]", None),  # 3 of a device, 8 after them: [24, 4] too
+    ],
+)
+def test_arrays_of_a_whole_batch_are_found(shapes, found):
+    config = load(TINY, "batch_size=48", "accumulate=2")
+    mesh = config.mesh.build()
+    listing = hlo.instructions(f"ENTRY %main () -> f32[] {{\n  %x.1 = ({shapes}) fusion(%a)\n}}")
+    made = plan.whole(listing, config, mesh, abstract_state(config, mesh))
+    assert made == found if made is None else tuple(x.array for x in made) == found
+
+
 def test_what_is_computed_twice_is_not_needed():
     """In the backward pass, the products of the encoder's block: those of its forward pass."""
     kept, twice = (load(TINY, "mae=True", f"objective.encoder.remat={x}") for x in ("none", "full"))
@@ -338,6 +357,17 @@ def test_what_is_computed_twice_is_not_needed():
     tokens, D = 5, 16  # a quarter of 16 patches, and the class token
     block = 2 * tokens * 12 * D**2 + 4 * tokens**2 * D
     assert step_flops(twice, mesh)[0] == needed[0] + 16 * (block - 2 * tokens * 4 * D**2)
+
+
+@pytest.mark.parametrize("way, products", [("fwd", 2), ("bwd", 4)])
+def test_attention_of_a_gpus_library_is_counted(way, products):
+    """A primitive by the name of cuDNN's, which is traced only where cuDNN is: what it computes
+    are the products of softmax attention."""
+    primitive = Primitive(f"dot_product_attention_{way}_wrapper")
+    primitive.def_abstract_eval(lambda q, k, v: q)
+    q, k = jnp.zeros((2, 6, 4, 8)), jnp.zeros((2, 10, 4, 8))
+    product = flops(lambda q, k: jnp.einsum("bnhd,bmhd->bhnm", q, k), q, k)
+    assert flops(primitive.bind, q, k, k) == products * product
 
 
 GIVEN = Plan(
