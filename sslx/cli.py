@@ -105,9 +105,11 @@ def parser() -> argparse.ArgumentParser:
     plan_ = command(
         plan, "compile a recipe for machines that are not there: memory, traffic, floors"
     )
-    recipe(plan_, help="a name or a .py file")
-    plan_.add_argument("--topology", default="", metavar="TPU", help="as v5e:16x16 or v5p:8x8x8")
-    plan_.add_argument("--slices", type=int, default=1, metavar="N", help="of that topology")
+    recipe(plan_, help="a name or a .py file, or the directory of a run")
+    plan_.add_argument(
+        "--topology", default="", metavar="CHIPS", help="as v5e:16x16, v5p:8x8x8 or H100:4x8"
+    )
+    plan_.add_argument("--slices", type=int, default=1, metavar="N", help="of TPUs so laid out")
     plan_.add_argument("--devices", type=int, default=0, metavar="N", help="of a CPU, in its place")
     plan_.add_argument("--chip", default="", help="whose bounds count, as H100, beside --devices")
     plan_.add_argument("--sweep", action="store_true", help="rank other batches, meshes and remats")
@@ -299,18 +301,19 @@ def tokenize(arguments) -> None:
 def plan(arguments) -> int:
     from sslx.plan import Machine, planned_elsewhere, report, sweep, table, written
 
-    overrides = tuple(arguments.overrides)
+    recipe = named_recipe(arguments)
+    named, overrides = recipe.path, recipe.overrides
     machine = Machine(arguments.topology, arguments.slices, arguments.devices, arguments.chip)
     if arguments.sweep:
         with bars() as progress:
-            plans = sweep(arguments.recipe, overrides, machine, progress)
+            plans = sweep(named, overrides, machine, progress)
         print(table(plans))
     else:
-        plans = {overrides: planned_elsewhere(arguments.recipe, overrides, machine)}
+        plans = {overrides: planned_elsewhere(named, overrides, machine)}
         print(report(plans[overrides]))
     if arguments.json:
         arguments.json.write_text(written(plans))
-    return 0 if any(made.fits for made in plans.values()) else 1
+    return 0 if any(made.fits for made in plans.values()) else MISTAKEN
 
 
 def show(arguments) -> None:

@@ -18,7 +18,9 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 HOSTED = {x.upper().replace("-", "_"): x for x in KINDS}  # as a TPU's host names them
 BITS = {"pred": 8, "c64": 64, "c128": 128}
 IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
-MESH = re.compile(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))? ?\{{([^}}]*)\}}")
+MESH = re.compile(
+    rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:{IOTA}|([\d,]+))\))? ?\{{([^}}]*)\}}"
+)
 FREE = ("parameter", "bitcast", "get-tuple-element", "tuple")  # they make no array of their own
 
 
@@ -100,7 +102,11 @@ def runs(listing: Sequence[Instruction]):
 
 
 def groups(rest: str) -> list[list[int]]:
-    """The groups of partitions that a collective joins; [] where it says none, which is all."""
+    """The groups of partitions that a collective joins; [] where it says none, which is all.
+
+    Raises ValueError for groups in a form that is not known: taken for all, they would be counted
+    as too many.
+    """
     if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", rest):
         return [[*map(int, pair.split(","))] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
     if mesh := MESH.search(rest):
@@ -110,6 +116,8 @@ def groups(rest: str) -> list[list[int]]:
         return _iota(*dims).reshape(int(rows), int(columns)).tolist()
     if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", rest):
         return [[*map(int, group.split(","))] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    if unread := re.search(r"(?:replica_groups|source_target_pairs)=(?!\{\}).{,80}", rest):
+        raise ValueError(f"The compiler wrote {unread[0]!r}, which sslx.hlo does not read.")
     return []
 
 
@@ -124,9 +132,11 @@ def _numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(",")]
 
 
-def _of_mesh(axes: str, dims: str | None, order: str | None, joined: str) -> list[list[int]]:
+def _of_mesh(
+    axes: str, dims: str | None, order: str | None, listed: str | None, joined: str
+) -> list[list[int]]:
     """Groups along some axes of a mesh: `'a'=2,'b'=4` and `'b'`, or `'b':(2)2`, which is the part
-    of size 2 of b that comes after one of size 2."""
+    of size 2 of b that comes after one of size 2. Its devices are numbered, or `listed`."""
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
     cut = {name: (1, size, 1) for name, size in sizes.items()}
     parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", joined)
@@ -135,6 +145,7 @@ def _of_mesh(axes: str, dims: str | None, order: str | None, joined: str) -> lis
             cut[name] = int(before), int(size), sizes[name] // (int(before) * int(size))
     names = [name for name, _, _ in parts]
     ids = _iota(dims, order) if dims else np.arange(np.prod([*sizes.values()]))
+    ids = np.array(_numbers(listed)) if listed else ids
     ids = ids.reshape([n for name in sizes for n in cut[name]])
     places = {name: 3 * i + 1 for i, name in enumerate(sizes)}
     last = [places[name] for name in names]
@@ -158,28 +169,47 @@ def sent(kind: str, result: int, count: int) -> float:
     )
 
 
+def legs(kind: str, result: int, near: int, far: int) -> tuple[float, float]:
+    """Bytes that a device sends within its island and to others, for a collective over `far`
+    islands of `near` devices: the least that can go between islands, each device its own part."""
+    if kind == "collective-permute":
+        return (0.0, float(result)) if far > 1 else (float(result), 0.0)
+    if kind == "all-to-all":
+        between = result * (far - 1) / far
+        return sent(kind, result, near * far) - between, between
+    if kind == "reduce-scatter":
+        return sent(kind, result * far, near), sent(kind, result, far)
+    return sent(kind, result, near), sent(kind, result, far) / near
+
+
 def collectives(listing: Sequence[Instruction], islands: Sequence[int]) -> list[Collective]:
     """What a device sends in a step, by kind and reach; `islands` is each partition's slice or
     node. An asynchronous collective is written in many stages, which share its channel. Between
     slices of TPUs the host does it: the device sends it its part."""
     times, seen = runs(listing), {}
     for x in listing:
+        arrays = re.findall(r"\w+\[[\d,]*\]", x.shapes)
         if x.opcode == "send" and (hosted := re.search(r'_transfer_type="(\w+)"', x.rest)):
             kind = HOSTED.get(hosted[1], "collective-permute")
-            part = size(re.findall(r"\w+\[[\d,]*\]", x.shapes)[0])
-            seen[kind, True, len(seen)] = sent(kind, part, len(set(islands))) * times(x.computation)
+            part = sent(kind, size(arrays[0]), len(set(islands)))
+            seen[kind, True, len(seen)] = part * times(x.computation)
             continue
         kind = x.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        arrays = re.findall(r"\w+\[[\d,]*\]", x.shapes)
-        arrays = arrays[1:2] if x.opcode.endswith("-start") else arrays  # operand, result, ...
+        if x.opcode.endswith("-start") and kind != "all-reduce":  # operands, results, and words
+            arrays = [array for array in arrays if array != "u32[]"]
+            arrays = arrays[len(arrays) // 2 :]
         joined = groups(x.rest) or [[*range(len(islands))]]
-        far = any(len({islands[i] for i in group}) > 1 for group in joined)
-        total = sent(kind, sum(map(size, arrays)), len(joined[0])) * times(x.computation)
+        crowds = [collections.Counter(islands[i] for i in group) for group in joined]
+        near, far = (max(map(f, crowds)) for f in (lambda c: max(c.values()), len))
+        parts = legs(kind, sum(map(size, arrays)), near, far)
         channel = re.search(r"channel_id=(\d+)", x.rest)
-        key = kind, far, channel[1] if channel else len(seen)
-        seen[key] = max(total, seen.get(key, 0))
+        number = channel[1] if channel else len(seen)
+        for between, part in zip((False, True), parts, strict=True):
+            if part or between == (far > 1):
+                key = kind, between, number
+                seen[key] = max(part * times(x.computation), seen.get(key, 0))
     found = collections.defaultdict(list)
     for (kind, far, _), total in seen.items():
         found[kind, far].append(total)
@@ -199,9 +229,17 @@ def arrays(listing: Sequence[Instruction]) -> Iterator[tuple[int, str, tuple[int
     yield from sorted(found.values(), key=lambda array: -array[0])
 
 
-def cycles(listing: Sequence[Instruction]) -> int:
-    """Clock cycles of a step by the TPU compiler's own cost model, waits for collectives not
-    counted; 0 where it says none."""
-    times = runs(listing)
-    said = ((x, re.search(r'"estimated_cycles":"(\d+)"', x.rest)) for x in listing)
-    return sum(int(found[1]) * times(x.computation) for x, found in said if found)
+def memory(assignment: str) -> dict[str, int]:
+    """A device's memory by use, from the text of a TPU program's buffer assignment: the bytes of
+    arguments, outputs, what is both, and temporaries, in the memory that arrays share (color 0).
+    """
+    used = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries"), 0)
+    for size, kind in re.findall(r"^allocation \d+: size (\d+), (.*):$", assignment, re.M):
+        if re.search(r"\bcolor [1-9]", kind):
+            continue
+        argument, output = "parameter" in kind, "output shape" in kind or "maybe-live-out" in kind
+        used["arguments"] += int(size) * argument
+        used["outputs"] += int(size) * output
+        used["aliased"] += int(size) * (argument and output)
+        used["temporaries"] += int(size) * ("preallocated-temp" in kind)
+    return used

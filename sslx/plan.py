@@ -1,21 +1,27 @@
 """What a recipe's step takes on machines that are not there, as their compiler says it.
 
-The TPU's compiler runs on any CPU. It does so in a process of its own, `python -m sslx.plan`: it
-keeps one topology for the life of a process, and must be told of it before jax begins.
+The compilers of TPUs and GPUs run on any CPU. They do so in a process of its own, `python -m
+sslx.plan`: the TPU's keeps one topology for the life of a process, and both must be told of their
+devices before jax begins.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 import jax
@@ -35,13 +41,25 @@ from sslx.state import abstract_state, built_mesh
 
 LARGE = 1 << 20  # bytes of a param that should not lie whole on every device
 
+# What XLA must know of a GPU to compile for it, as its own target configs have it (openxla/xla,
+# xla/backends/gpu/target_config/specs): cores, float32 units of each, GHz, KiB of shared memory of
+# a core, KiB of cache, major compute capability.
+GPUS = {
+    "A100": (108, 64, 1.41, 164, 40_960, 8),
+    "H100": (132, 128, 1.98, 228, 51_200, 9),
+    "H200": (132, 128, 1.98, 228, 51_200, 9),
+    "B200": (148, 128, 1.965, 228, 129_536, 10),
+}
+PLACED = "after_optimizations_after_buffer_assignment.txt"  # the last text before machine code
+UNTUNED = "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
+
 
 @dataclass(frozen=True)
 class Machine:
     """Devices that are not there.
 
-    topology  a TPU slice, such as v5e:16x16
-    slices    how many of them
+    topology  a TPU slice, such as v5e:16x16, or nodes of GPUs, such as H100:4x8
+    slices    how many of them, of TPUs
     devices   in place of a topology: so many CPU devices
     chip      whose bounds count, a name in CHIPS; that of the topology by default
     """
@@ -55,13 +73,17 @@ class Machine:
         kind, _, shape = self.topology.partition(":")
         if bool(self.topology) == bool(self.devices):
             raise ConfigError("name machines: --topology v5e:16x16, or --devices N.")
-        if self.topology and (kind not in OPTIONS or not re.fullmatch(r"\d+(x\d+)*", shape)):
+        if self.topology and (
+            kind not in {**OPTIONS, **GPUS}
+            or not re.fullmatch(r"\d+(x\d+)?" if self.gpu else r"\d+(x\d+)*", shape)
+        ):
             raise ConfigError(
-                f"There is no topology {self.topology!r}: it is a TPU and its chips by axis, "
-                f"such as v5e:16x16 or v5p:8x8x8; TPUs are {', '.join(OPTIONS)}."
+                f"There is no topology {self.topology!r}: it is a TPU and its chips by axis, such "
+                f"as v5e:16x16 or v5p:8x8x8, or GPUs of a node, H100:8, or of several, H100:4x8; "
+                f"TPUs are {', '.join(OPTIONS)}, GPUs {', '.join(GPUS)}."
             )
-        if self.devices and self.slices != 1:
-            raise ConfigError("--slices counts those of a topology: a CPU's devices are one.")
+        if self.slices != 1 and (self.devices or self.gpu):
+            raise ConfigError("--slices counts those of TPUs: nodes of GPUs are H100:4x8.")
         if self.slices < 1 or self.devices < 0:
             raise ConfigError(f"{self}: slices and devices count from 1.")
         if self.chip and self.chip not in CHIPS:
@@ -72,18 +94,25 @@ class Machine:
         return f"{self.slices} slices of {text}" if self.slices > 1 else text
 
     @property
+    def gpu(self) -> str:
+        """The name of the GPU that it is made of; empty for a TPU or a CPU."""
+        kind = self.topology.partition(":")[0]
+        return kind if kind in GPUS else ""
+
+    @property
     def bounds(self) -> Chip | None:
         """What a device can do at most; None where no chip is named."""
         return CHIPS.get(self.chip or self.topology.partition(":")[0])
 
     def environment(self) -> dict[str, str]:
         """What a process must find in its environment to compile for these devices."""
-        own = {"JAX_PLATFORMS": "cpu"}
+        own, flags = {"JAX_PLATFORMS": "cpu"}, os.environ.get("XLA_FLAGS", "")
         if self.devices:
-            flags = os.environ.get("XLA_FLAGS", "")
             flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
             flags += f" --xla_force_host_platform_device_count={self.devices}"
             return own | {"XLA_FLAGS": flags}
+        if self.gpu:  # without one, no kernel can be chosen by its speed
+            return own | {"CUDA_VISIBLE_DEVICES": "-1", "XLA_FLAGS": f"{flags} {UNTUNED}"}
         return own | {
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # of no importance, but it must be one
@@ -97,6 +126,8 @@ class Machine:
         to install, and for a topology that the compiler does not know."""
         if self.devices:
             return jax.devices()
+        if self.gpu:
+            return gpus(self.topology)
         check_libtpu()
         # The two cores of a v4 are one device, as they are where it is in use.
         one = {"chip_config_name": "megacore"} if self.topology.startswith("v4:") else {}
@@ -107,6 +138,57 @@ class Machine:
         except Exception as error:
             said = str(error).splitlines()[0]
             raise ConfigError(f"The TPU's compiler has no {self.topology}: {said}") from error
+
+
+def gpus(topology: str) -> list:
+    """The GPUs of a topology such as H100:4x8. Raises ConfigError naming what to install."""
+    kind, _, shape = topology.partition(":")
+    nodes, _, each = shape.rpartition("x")
+    cores, units, clock, shared, cache, capability = GPUS[kind]
+    chip = CHIPS[kind]
+    target = f"""
+        platform_name: "CUDA"
+        device_description_str: "{chip.kind}"
+        dnn_version_info {{ major: 9 minor: 10 }}
+        runtime_version {{ major: 12 minor: 9 }}
+        gpu_device_info {{
+            cuda_compute_capability {{ major: {capability} }}
+            core_count: {cores}
+            fpus_per_core: {units}
+            clock_rate_ghz: {clock}
+            l2_cache_size: {cache << 10}
+            memory_bandwidth: {chip.bandwidth:.0f}
+            device_memory_size: {chip.memory:.0f}
+            shared_memory_per_core: {shared << 10}
+            shared_memory_per_block: {48 << 10}
+            shared_memory_per_block_optin: {shared - 1 << 10}
+            registers_per_core_limit: {1 << 16}
+            registers_per_block_limit: {1 << 16}
+            threads_per_core_limit: 2048
+            threads_per_block_limit: 1024
+            threads_per_warp: 32
+            block_dim_limit_x: {2**31 - 1}
+            block_dim_limit_y: {2**16 - 1}
+            block_dim_limit_z: {2**16 - 1}
+        }}
+    """
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=target, topology=f"1x{nodes or 1}x{each}"
+        ).devices
+    except Exception as error:
+        version = importlib.metadata.version("jax")
+        said = str(error).splitlines()[0]
+        raise ConfigError(
+            f"Compiling for GPUs needs their compiler ({said}): pip install "
+            f"'jax[cuda12]=={version}', or compile for a CPU's devices with --devices N --chip "
+            f"{kind}."
+        ) from error
+
+
+def island(device) -> int:
+    """The number of a device's slice (TPU) or node (GPU), within which links join devices."""
+    return slice_of(device) if device.platform == "tpu" else device.process_index
 
 
 def check_libtpu() -> None:
@@ -146,9 +228,8 @@ class Plan:
     flops, needed  of a step on all devices; with and without what is computed a second time
     arguments, outputs, aliased, temporaries  bytes of a device's memory; the state is an argument
                 and an output, both at one place, which `aliased` counts
-    cycles      by the compiler's own estimate, 0 where it makes none
     whole       arrays that hold the whole batch where they should hold a share; None where it
-                cannot be told, since an axis of the model is as long as the batch
+                cannot be told, since an axis of the model, or two together, are as long
     replicated  large params that lie whole on every device
     attention   which forms of it the compiled step has, in words
     refused     why the compiler refused the program; empty where it did not
@@ -166,7 +247,6 @@ class Plan:
     outputs: int = 0
     aliased: int = 0
     temporaries: int = 0
-    cycles: int = 0
     collectives: tuple[Collective, ...] = ()
     largest: tuple[Array, ...] = ()
     whole: tuple[Array, ...] | None = ()
@@ -182,13 +262,18 @@ class Plan:
         return self.arguments + self.outputs - self.aliased + self.temporaries
 
     @property
+    def island(self) -> str:
+        """What links join: a node of GPUs, or a slice of TPUs."""
+        return "node" if self.machine.partition(":")[0] in GPUS else "slice"
+
+    @property
     def each(self) -> float:
         """Examples of a device."""
         return self.batch_size / (self.mesh["replica"] * self.mesh["fsdp"])
 
     @property
     def sent(self) -> tuple[float, float]:
-        """Bytes that a device sends within its slice, and between slices."""
+        """Bytes that a device sends within its slice or node, and to others."""
         near, far = (
             math.fsum(x.bytes for x in self.collectives if x.far == f) for f in (False, True)
         )
@@ -255,26 +340,61 @@ def planned(config: Config, machine: Machine) -> Plan:
     began = time.perf_counter()
     try:
         with jax.set_mesh(mesh), heard() as choices:
-            program = jitted_step(config, mesh).lower(state, batch).compile()
+            lowered = jitted_step(config, mesh).lower(state, batch)
+        tpu = devices[0].platform == "tpu"
+        text, memory = placed(lowered) if tpu else whole_program(lowered.compile())
     except jax.errors.JaxRuntimeError as error:
         said = " ".join(str(error).split())
         seconds = time.perf_counter() - began
         return dataclasses.replace(plan, refused=said[:400], seconds=seconds)
-    used, listing = program.memory_analysis(), hlo.instructions(program.as_text())
-    islands = [slice_of(device) for device in mesh.devices.flat]
+    listing, islands = hlo.instructions(text), [island(device) for device in mesh.devices.flat]
     return dataclasses.replace(
         plan,
-        arguments=used.argument_size_in_bytes,
-        outputs=used.output_size_in_bytes,
-        aliased=used.alias_size_in_bytes,
-        temporaries=used.temp_size_in_bytes,
-        cycles=hlo.cycles(listing),
+        **memory,
         collectives=tuple(hlo.collectives(listing, islands)),
         largest=tuple(shown(x) for x in hlo.arrays(listing))[:5],
         whole=whole(listing, config, mesh, state),
         attention=tuple(choices),
         seconds=time.perf_counter() - began,
     )
+
+
+def whole_program(program) -> tuple[str, dict[str, int]]:
+    """The text of a compiled program, and a device's memory by use."""
+    used = program.memory_analysis()
+    return program.as_text(), {
+        "arguments": used.argument_size_in_bytes,
+        "outputs": used.output_size_in_bytes,
+        "aliased": used.alias_size_in_bytes,
+        "temporaries": used.temp_size_in_bytes,
+    }
+
+
+def placed(lowered) -> tuple[str, dict[str, int]]:
+    """The same of what the TPU's compiler writes down once each array has its place in memory.
+
+    What it does after that, nine tenths of its time, is machine code, which a plan does not need.
+    It cannot be interrupted: this process must end by os._exit.
+    """
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(lowered.compile(written))
+        except BaseException as error:
+            future.set_exception(error)
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        written = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        threading.Thread(target=work, daemon=True).start()
+        while True:
+            for text in Path(folder).glob(f"*.{PLACED}"):
+                stem = str(text).removesuffix(PLACED)
+                if Path(f"{stem}debug_options").exists():  # the file after it
+                    places = Path(f"{stem}after_optimizations-buffer-assignment.txt")
+                    return text.read_text(), hlo.memory(places.read_text())
+            with contextlib.suppress(TimeoutError):
+                return whole_program(future.result(0.2))
 
 
 def replicated(params, mesh) -> tuple[Array, ...]:
@@ -290,14 +410,21 @@ def replicated(params, mesh) -> tuple[Array, ...]:
 
 
 def whole(listing, config: Config, mesh, state) -> tuple[Array, ...] | None:
-    """Arrays with an axis as long as the whole batch, on a device that should hold a share of it;
-    None where an axis of the state is as long."""
+    """Arrays with an axis as long as the whole batch, on a device that should hold a share of it,
+    but for a number for each example; None where an axis of the state is as long, or a device's
+    examples times an axis that follows them (16 of 256 patches, on 256 devices)."""
     lengths = {config.batch_size, config.batch_size // config.accumulate}
-    if ways(mesh) == 1:
+    parts = ways(mesh)
+    if parts == 1:
         return ()
     if any(lengths & set(x.shape) for x in jax.tree.leaves(state)):
         return None
-    return tuple(shown(x) for x in hlo.arrays(listing) if lengths & set(x[2]))
+    arrays = list(hlo.arrays(listing))
+    found = tuple(shown(x) for x in arrays if len(x[2]) > 1 and lengths & set(x[2]))
+    shares = {(length // parts, parts) for length in lengths}
+    if found and any(shares & {*itertools.pairwise(shape)} for _, _, shape, _ in arrays):
+        return None
+    return found
 
 
 def shown(array) -> Array:
@@ -388,8 +515,8 @@ def main() -> int:
     except ValueError as error:
         print(f"sslx: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    print(json.dumps(dataclasses.asdict(made)))
-    return 0
+    print(json.dumps(dataclasses.asdict(made)), flush=True)
+    os._exit(0)  # the TPU's compiler may still be at work
 
 
 # ---- in words ----
@@ -416,7 +543,7 @@ def report(plan: Plan) -> str:
         f"{gb(plan.temporaries)} temporary"
     )
     for x in plan.collectives:
-        way = "between slices" if x.far else "within a slice"
+        way = f"between {plan.island}s" if x.far else f"within a {plan.island}"
         lines.append(f"sent         {gb(x.bytes)} {way}, {x.count} {x.kind}")
     if plan.floors:
         floors = ", ".join(f"{name} {1e3 * s:,.2f} ms" for name, s in plan.floors.items())
@@ -427,7 +554,9 @@ def report(plan: Plan) -> str:
         ]
     lines += [f"large        {gb(x.bytes)} {x.array} {x.place}" for x in plan.largest]
     if plan.whole is None:
-        lines.append("whole batch  cannot be told: an axis of the model is as long as the batch")
+        lines.append(
+            "whole batch  cannot be told: an axis, or a product of two, is as long as the batch"
+        )
     for x in plan.whole or ():
         lines.append(f"whole batch  {gb(x.bytes)} {x.array} {x.place}")
     lines += [f"replicated   {gb(x.bytes)} {x.array} {x.place}" for x in plan.replicated]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import TINY
+from jax.extend.core import Primitive
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,7 +21,7 @@ from sslx.config import ConfigError
 from sslx.engine import step_flops, train_step
 from sslx.ops.flops import flops
 from sslx.plan import Machine, Plan
-from sslx.recipes import load
+from sslx.recipes import Recipe, load
 from sslx.state import abstract_batch, abstract_state
 
 # ---- the text of a compiled program ----
@@ -37,6 +38,7 @@ GROUPS = {
         [0, 1, 2, 3],
         [4, 5, 6, 7],
     ],
+    "replica_groups=mesh['a'=1,'b'=2,'c'=2], device_ids=(0,2,1,3) {'b'}": [[0, 1], [2, 3]],
     "replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}": [[0, 2], [1, 3], [4, 6], [5, 7]],
     "replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}": [[0, 1], [2, 3], [4, 5], [6, 7]],
     "source_target_pairs={{0,1},{1,0}}": [[0, 1], [1, 0]],
@@ -47,6 +49,11 @@ GROUPS = {
 @pytest.mark.parametrize("text", GROUPS)
 def test_groups_of_a_collective(text):
     assert hlo.groups(text) == GROUPS[text]
+
+
+def test_groups_of_another_form_are_no_guess():
+    with pytest.raises(ValueError, match="replica_groups=circle"):
+        hlo.groups("replica_groups=circle(4), to_apply=%add")
 
 
 def ring(kind, n, result):
@@ -115,6 +122,50 @@ def test_collectives_are_counted_as_often_as_they_run():
     assert ("all-gather", True) not in found
 
 
+@pytest.mark.parametrize("kind", ["all-gather", "all-reduce", "reduce-scatter", "all-to-all"])
+def test_what_crosses_islands_is_a_devices_own_part(kind):
+    """Three islands of four devices: messages counted one by one. Between islands each device has
+    only to do with its like in the others; what it sends there is a quarter of what its island
+    has."""
+    S, far, near = 4096, 3, 4  # bytes of the result on a device
+    messages = {
+        "all-gather": ([S / 12] * 2, [S / 4] * 3),  # own share to two; then a quarter to three
+        "all-reduce": ([S / 12] * 4, [S / 4] * 6),  # of a quarter, in thirds; of all, in quarters
+        "reduce-scatter": ([S] * 2, [3 * S] * 3),  # 12 S in all, a quarter of it remains
+        "all-to-all": ([S / 12] * 8, [S / 12] * 3),
+    }
+    between, within = (sum(x) for x in messages[kind])
+    assert hlo.legs(kind, S, near, far) == pytest.approx((within, between))
+    assert hlo.legs(kind, S, 12, 1) == pytest.approx((hlo.sent(kind, S, 12), 0))
+
+
+STARTED = """
+ENTRY %main (x: f32[]) -> f32[] {
+  %all-reduce-start = (f32[64]{0}, f32[32]{0}) all-reduce-start(%a, %b), channel_id=1, \
+replica_groups=[1,8]<=[8]
+  %all-gather-start = ((f32[8]{0}, bf16[2]{0}), (f32[64]{0}, bf16[16]{0})) all-gather-start(%a, \
+%b), channel_id=2, replica_groups=[1,8]<=[8]
+  %collective-permute-start = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%a), \
+channel_id=3, source_target_pairs={{0,1},{1,0}}
+}
+"""
+
+
+def test_a_start_is_counted_by_its_result():
+    """Of tuples as a GPU's compiler writes them: an all-reduce has results alone, the others
+    operands before them."""
+    listing = hlo.instructions(STARTED)
+    near = {x.kind: x.bytes for x in hlo.collectives(listing, [0] * 8)}
+    assert near == {
+        "all-reduce": 7 / 4 * 96 * 4,
+        "all-gather": 7 / 8 * (64 * 4 + 16 * 2),
+        "collective-permute": 16.0,
+    }
+    nodes = {(x.kind, x.far): x.bytes for x in hlo.collectives(listing, [0] * 4 + [1] * 4)}
+    assert nodes["all-reduce", True] == 96 and nodes["all-reduce", False] == 6 / 4 * 96 * 4
+    assert ("collective-permute", True) not in nodes
+
+
 BETWEEN_SLICES = """
 ENTRY %main (x: f32[]) -> f32[] {
   %send.1 = (bf16[144,8,128]{2,1,0}, u32[], token[]) send(%bitcast.60, %after-all.27), \
@@ -141,6 +192,30 @@ def test_arrays_are_listed_largest_first_with_their_place():
     assert (size, kind, shape) == (96 * 96 * 4, "f32", (96, 96)) and "dot_general" in place
 
 
+PLACES = """BufferAssignment:
+allocation 0: size 512, thread-local:
+ value: <28 select.52 @0> (size=512,offset=0): pred[]{:T(512)}
+allocation 1: size 4096, parameter 27, shape |f32[4,64,3]| at ShapeIndex {}, maybe-live-out:
+ value: <8086 param.29 @0> (size=4096,offset=0): f32[4,64,3]{2,1,0:T(8,128)}
+allocation 2: size 1024, parameter 3, shape |f32[256]| at ShapeIndex {}:
+allocation 3: size 256, maybe-live-out:
+allocation 4: size 128, output shape is |(f32[], f32[4])|, maybe-live-out:
+allocation 5: size 65536, color 1, preallocated-temp:
+allocation 6: size 8192, preallocated-temp:
+allocation 7: size 64, constant:
+"""
+
+
+def test_memory_is_what_was_given_a_place():
+    """Color 1 is another memory, beside the cores."""
+    assert hlo.memory(PLACES) == {
+        "arguments": 4096 + 1024,
+        "outputs": 4096 + 256 + 128,
+        "aliased": 4096,
+        "temporaries": 8192,
+    }
+
+
 # ---- machines ----
 
 
@@ -153,7 +228,9 @@ def test_arrays_are_listed_largest_first_with_their_place():
         ({}, "--topology v5e:16x16, or --devices N"),
         ({"topology": "v5e:4x4", "devices": 4}, "or --devices"),
         ({"topology": "v5e:4x4", "slices": 0}, "count from 1"),
-        ({"devices": 4, "slices": 2}, "--slices counts those of a topology"),
+        ({"devices": 4, "slices": 2}, "--slices counts those of TPUs"),
+        ({"topology": "H100:8", "slices": 2}, "nodes of GPUs are H100:4x8"),
+        ({"topology": "H100:2x2x2"}, "GPUs of a node, H100:8.*GPUs A100, H100, H200, B200"),
         ({"devices": 4, "chip": "H1000"}, "no chip 'H1000'.*H100"),
     ],
 )
@@ -178,6 +255,19 @@ def test_another_libtpu_is_told_which_to_install(version, monkeypatch):
         plan.check_libtpu()
     version = "0.0.41"
     plan.check_libtpu()
+
+
+def test_gpus_that_are_not_there_have_nodes():
+    """Of the compiler that jax's extra `cuda12` brings; without it, what to install is said."""
+    machine, version = Machine("H100:2x4"), importlib.metadata.version("jax")
+    assert machine.environment()["CUDA_VISIBLE_DEVICES"] == "-1" and machine.bounds == CHIPS["H100"]
+    try:
+        devices = machine.present()
+    except ConfigError as error:
+        assert f"pip install 'jax[cuda12]=={version}'" in str(error)
+    else:
+        assert [plan.island(x) for x in devices] == [0] * 4 + [1] * 4
+        assert {chip_of(x.device_kind) for x in devices} == {"H100"}
 
 
 KINDS = {
@@ -240,6 +330,24 @@ def test_a_plan_counts_what_the_state_says(tiny):
     assert tiny.floors["compute"] == work / 8 / 197e12 and 0 < tiny.share < 1
 
 
+@pytest.mark.parametrize(
+    "shapes, found",
+    [
+        ("f32[3,4]", ()),
+        ("f32[24]", ()),  # a number for each example
+        ("f32[48,4]", ("f32[48, 4]",)),
+        ("f32[24,4]", ("f32[24, 4]",)),  # a whole micro-batch
+        ("f32[24,4]{1,0}, f32[3,8,4]", None),  # 3 of a device, 8 after them: [24, 4] too
+    ],
+)
+def test_arrays_of_a_whole_batch_are_found(shapes, found):
+    config = load(TINY, "batch_size=48", "accumulate=2")
+    mesh = config.mesh.build()
+    listing = hlo.instructions(f"ENTRY %main () -> f32[] {{\n  %x.1 = ({shapes}) fusion(%a)\n}}")
+    made = plan.whole(listing, config, mesh, abstract_state(config, mesh))
+    assert made == found if made is None else tuple(x.array for x in made) == found
+
+
 def test_what_is_computed_twice_is_not_needed():
     """In the backward pass, the products of the encoder's block: those of its forward pass."""
     kept, twice = (load(TINY, "mae=True", f"objective.encoder.remat={x}") for x in ("none", "full"))
@@ -249,6 +357,17 @@ def test_what_is_computed_twice_is_not_needed():
     tokens, D = 5, 16  # a quarter of 16 patches, and the class token
     block = 2 * tokens * 12 * D**2 + 4 * tokens**2 * D
     assert step_flops(twice, mesh)[0] == needed[0] + 16 * (block - 2 * tokens * 4 * D**2)
+
+
+@pytest.mark.parametrize("way, products", [("fwd", 2), ("bwd", 4)])
+def test_attention_of_a_gpus_library_is_counted(way, products):
+    """A primitive by the name of cuDNN's, which is traced only where cuDNN is: what it computes
+    are the products of softmax attention."""
+    primitive = Primitive(f"dot_product_attention_{way}_wrapper")
+    primitive.def_abstract_eval(lambda q, k, v: q)
+    q, k = jnp.zeros((2, 6, 4, 8)), jnp.zeros((2, 10, 4, 8))
+    product = flops(lambda q, k: jnp.einsum("bnhd,bmhd->bhnm", q, k), q, k)
+    assert flops(primitive.bind, q, k, k) == products * product
 
 
 GIVEN = Plan(
@@ -298,9 +417,11 @@ def test_the_largest_floor_bounds_a_step(changed, bound, seconds, advice):
 
 
 def test_the_command_prints_and_writes_a_plan(tmp_path, capfd):
-    file = tmp_path / "plan.json"
+    file, run = tmp_path / "plan.json", tmp_path / "run"
+    run.mkdir()
+    Recipe(TINY, ("batch_size=24",)).save(run)  # a run says what it was started with
     asked = ("--devices", "4", "--chip", "H100", "--json", str(file))
-    assert main(["plan", str(TINY), "batch_size=24", *asked]) == 0
+    assert main(["plan", str(run), *asked]) == 0
     said = capfd.readouterr().out
     for word in ("4 CPU devices", "fsdp 4", "6 on a device", "G an example", "of peak", "fits"):
         assert word in said
@@ -315,6 +436,13 @@ def test_what_cannot_be_planned_is_one_line(capfd):
     assert said.startswith("sslx: Mesh(") and "does not cover 4 devices" in said
     assert main(["plan", str(TINY), "--topology", "v9:2x2"]) == 2
     assert "There is no topology 'v9:2x2'" in capfd.readouterr().err
+
+
+def test_what_fits_nowhere_will_not_fit_the_next_time(monkeypatch, capsys):
+    made = dataclasses.replace(GIVEN, temporaries=10**12)
+    monkeypatch.setattr(plan, "planned_elsewhere", lambda *_: made)
+    assert main(["plan", str(TINY), "--topology", "v5e:4x4"]) == 2
+    assert "does not fit" in capsys.readouterr().out
 
 
 def test_a_sweep_ranks_what_fits(monkeypatch):

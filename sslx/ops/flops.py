@@ -35,6 +35,9 @@ def _cost(equation) -> int:
         return (
             2 * math.prod(equation.outvars[0].aval.shape) * (math.prod(kernel) // kernel[outputs])
         )
+    if name.startswith("dot_product_attention_"):  # cuDNN's: two products, four more backward
+        q, k = (x.aval.shape for x in equation.invars[:2])  # [B, N, heads, d]
+        return (4 if "_bwd" in name else 2) * 2 * math.prod(q) * k[1]
     inner = [_count(body) for value in params.values() for body in _bodies(value)]
     if name == "cond":
         return max(inner)
