@@ -132,6 +132,10 @@ class Config:
     compiler    options of XLA for the step, beside those of sslx.chips.OPTIONS and before them
     keep        which checkpoints are kept
     log_every, save_every, eval_every  steps between two rows of metrics, checkpoints, evaluations
+    audit_every  steps between two that are computed twice, to find devices that compute or store
+                 wrong bits (sslx.audit); None never. The state is then in memory twice. On a GPU
+                 such a run compiles without operations that differ from run to run, which excludes
+                 gradients of max-pooling
     """
 
     objective: Objective
@@ -152,6 +156,7 @@ class Config:
     log_every: int = how(50)
     save_every: int = how(1000)
     eval_every: int = how(5000)
+    audit_every: int | None = how(None)
 
     def __post_init__(self):
         if isinstance(self.start, str | os.PathLike):
@@ -169,8 +174,9 @@ class Config:
                     f"{name}: {kind} is no value ({error}): write @dataclass(frozen=True) above it,"
                     f" and tuples in place of lists."
                 ) from error
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "eval_every"):
-            if getattr(self, name) < 1:
+        every = ("log_every", "save_every", "eval_every", "audit_every")
+        for name in ("steps", "batch_size", "accumulate", *every):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(
                     f"{name}={getattr(self, name)}: it counts from 1; is it the result of too few "
                     f"epochs, or of a batch larger than the data?"

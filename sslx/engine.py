@@ -13,6 +13,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sslx.audit import Audit
 from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.chips import options
 from sslx.config import Config, leaves, override
@@ -134,9 +135,12 @@ def jitted_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
 
 
 def compiler_options(config: Config, devices: Sequence[jax.Device]) -> dict[str, bool | int | str]:
-    """What the step's compiler is given: the table's options for the chip, then the recipe's."""
+    """What the step's compiler is given: the table's options for the chip, then the recipe's. Of a
+    step that is audited, a GPU's results must not depend on the order of atomic operations."""
     slices = len({slice_of(device) for device in devices})
-    return {**options(devices[0].device_kind, slices), **config.compiler}
+    exact = config.audit_every is not None and devices[0].platform == "gpu"
+    audited = {"xla_gpu_exclude_nondeterministic_ops": True} if exact else {}
+    return {**options(devices[0].device_kind, slices), **audited, **config.compiler}
 
 
 def step_flops(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
@@ -220,7 +224,8 @@ def train(config: Config, run: Path) -> TrainState:
 
     Raises Interrupted after SIGTERM or Ctrl-C, with everything saved; Diverged when a loss or
     gradient is not finite, and Collapsed with collapse.then=stop, the newest checkpoint from before
-    being kept; CheckpointError when the last step could not be saved.
+    being kept; Corrupted when an audit finds silent data corruption; CheckpointError when the last
+    step could not be saved.
     """
     run.mkdir(parents=True, exist_ok=True)
     mesh = check(config)
@@ -241,7 +246,8 @@ def train(config: Config, run: Path) -> TrainState:
                     log.say(f"{run} is complete: {start} of {config.steps} steps.")
                     return state
                 watch = Watch(config, log, checkpoints)
-                return loop(config, mesh, step_fn, start, state, watch, scores, signals)
+                audited = Audit(config.audit_every, step_fn, mesh, log, checkpoints)
+                return loop(config, mesh, audited, start, state, watch, scores, signals)
             finally:
                 checkpoints.wait()
                 log.close()
@@ -263,7 +269,7 @@ def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):
     pending = None
     with feed(config, mesh, start) as (batches, dropped):
         for step in range(start + 1, config.steps + 1):
-            state, metrics = step_fn(state, watch.clock.wait(batches))
+            state, metrics = step_fn(step, state, watch.clock.wait(batches))
             if pending:
                 watch.see(*pending)
             pending = (step, metrics, dropped)
