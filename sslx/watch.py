@@ -41,11 +41,15 @@ class Watch:
         values = jax.device_get(metrics)
         count = self.drops(step, values.pop("dropped"), dropped)
         values = {name: float(x) for name, x in values.items()}
-        self.skipped += int(values.pop("skipped", 0))
+        self.skipped += (skipped := int(values.pop("skipped", 0)))
         finite = all(np.isfinite(values[name]) for name in FINITE)
-        if not finite and self.config.nonfinite == "stop":
-            raise Diverged(self.diagnosis(step, values))
-        self.collapse(step, values)
+        try:
+            if not finite and self.config.nonfinite == "stop":
+                raise Diverged(self.diagnosis(step, values))
+            self.collapse(step, values)
+        except Diverged:
+            self.log.write(step, values)
+            raise
         self.since += 1
         rate, waited = self.clock.rates(self.since)  # since the last logged step
         speed = rate * self.config.batch_size
@@ -53,7 +57,8 @@ class Watch:
         counts = {name: n for name, n in counts.items() if n}
         parts = [f"loss {values['loss']:.4f}", f"{speed:,.0f} examples/s", f"waited {waited:.0%}"]
         text = "  ".join(parts + [f"{name} {n}" for name, n in counts.items()])
-        if step > 1 and step % self.config.log_every and step != self.config.steps:
+        last = step == self.config.steps
+        if step > 1 and step % self.config.log_every and not last and not skipped:
             return self.log.progress(step, text)
         self.log.write(step, {**values, "examples_per_s": speed, "data/waited": waited, **counts})
         self.log.progress(step, text, line=True)
@@ -81,7 +86,8 @@ class Watch:
         values_text = ", ".join(f"{name} {values[name]:.4g}" for name in FINITE)
         return (
             f"Step {step}: {values_text}; {self.kept(step)}. "
-            f"Lower the learning rate or clip gradients, or drop such steps: nonfinite=skip."
+            f"`sslx replay {self.log.run} {step}` shows what is not finite first. Lower the "
+            f"learning rate or clip gradients, or drop such steps: nonfinite=skip."
         )
 
     def collapse(self, step: int, values: dict[str, float]) -> None:

@@ -13,7 +13,7 @@ REPO = Path(__file__).parents[1]
 # Each may import only what stands above it, and its own room.
 LAYERS = """
 types vocabulary console chips hlo
-ops
+ops jaxprs
 schedules data sharding digest processes
 models optim views checkpoint log signals cluster
 objectives groups
@@ -22,8 +22,9 @@ start
 config
 recipes lock
 state evals
-watch
+watch audit
 engine
+replay
 plan run
 importing
 cli
