@@ -70,7 +70,8 @@ class Replayed:
             for x in self.layers
         ]
         metrics = [
-            f"{name} {x:.7g}" + f" (in the run {self.logged[name]:.7g})" * (name in self.logged)
+            f"{name} {x:.7g}"
+            + (f" (in the run {self.logged[name]:.7g})" if name in self.logged else "")
             for name, x in self.metrics.items()
         ]
         verdict = [f"not finite: {text}" for text in self.first] or ["all is finite"]

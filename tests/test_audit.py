@@ -75,7 +75,7 @@ def named_devices(error: str) -> set[int]:
     return {int(n) for n in re.findall(r"device (\d+) \(cpu, number \d+ of process \d on", error)}
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (4, 2, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 2), (4, 2, 1)], ids=str)
 def test_a_flipped_bit_is_found_within_the_period_and_named(tmp_path, shape):
     """Where two devices hold the same part, both are named."""
     mesh, device = mesh_of(*shape), 5
@@ -101,7 +101,7 @@ def test_a_flipped_bit_is_found_within_the_period_and_named(tmp_path, shape):
 def test_a_sound_run_is_not_disturbed(tmp_path):
     """It computes what it does without audits, to the last bit, by a program that is compiled once,
     and says what they took."""
-    mesh, programs = mesh_of(2, 4, 1), []
+    mesh, programs = mesh_of(4, 2, 1), []
     for name in ("audited", "plain"):
         (tmp_path / name).mkdir()
 
@@ -111,14 +111,15 @@ def test_a_sound_run_is_not_disturbed(tmp_path):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
+        plain, calls = train(tmp_path / "plain", mesh, every=None)
+        assert set(calls.values()) == {1} and len(programs) <= 1  # none where another test was here
+        programs.clear()
         audited, calls = train(tmp_path / "audited", mesh)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert len(programs) == 1
-    assert calls == {1: 1, 2: 1, 3: 2, 4: 1, 5: 1, 6: 2, 7: 1}
+    assert calls == {1: 1, 2: 1, 3: 2, 4: 1, 5: 1, 6: 2, 7: 1} and programs == []
+    assert digest(audited) == digest(plain)
     assert [r["step"] for r in rows(tmp_path / "audited") if r["audit/seconds"] > 0] == [3, 6]
-    plain, calls = train(tmp_path / "plain", mesh, every=None)
-    assert digest(audited) == digest(plain) and set(calls.values()) == {1}
 
 
 def test_a_device_that_computes_otherwise_the_second_time(tmp_path):
