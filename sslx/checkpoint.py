@@ -317,29 +317,34 @@ class Checkpoints:
 
     # ---- restoring ----
 
-    def restore(self, abstract: Tree, step: int | None = None) -> tuple[int, Tree] | None:
+    def restore(
+        self, abstract: Tree, step: int | None = None, before: int | None = None
+    ) -> tuple[int, Tree] | None:
         """The newest state that verifies, sharded as `abstract` says; None if none was ever saved.
 
-        `abstract` is ShapeDtypeStructs with shardings, on any mesh. With `step`, that one only.
+        `abstract` is ShapeDtypeStructs with shardings, on any mesh. With `step`, that one only;
+        with `before`, only those of steps before it.
         Raises CheckpointError if there are checkpoints and none verifies (starting from scratch
         would be silent loss), or if one belongs to another state.
         """
         self.wait()
         with jax.transfer_guard("allow"):
-            newest = self._walk(named(abstract), step)
+            newest = self._walk(named(abstract), step, before)
             if newest is None:
                 return None
             self._current, arrays = newest
             leaves, treedef = jax.tree.flatten(abstract)
             return self._current, treedef.unflatten(map(_like, leaves, arrays.values()))
 
-    def _walk(self, want: dict | None, step: int | None) -> tuple[int, dict] | None:
+    def _walk(
+        self, want: dict | None, step: int | None, before: int | None = None
+    ) -> tuple[int, dict] | None:
         """(step, arrays) of the newest checkpoint that verifies; says which did not, and why."""
         for path in self._attempts():
             if not _finished(path):
                 _say(logging.WARNING, "checkpoint skipped: %s is not finished", path)
         skipped = []
-        for candidate in self._candidates(step, want is not None):
+        for candidate in self._candidates(step, before, want is not None):
             arrays, reason = self._read(candidate, want)
             if reason is None:
                 return candidate, arrays
@@ -351,10 +356,10 @@ class Checkpoints:
             raise CheckpointError(text + "\n  ".join(skipped))
         return None
 
-    def _candidates(self, step: int | None, together: bool) -> list[int]:
+    def _candidates(self, step: int | None, before: int | None, together: bool) -> list[int]:
         """The steps to try, newest first: where all restore together, those that process 0 sees."""
         steps = self.steps()
-        chosen = [s for s in steps if step in (None, s)]
+        chosen = [s for s in steps if step in (None, s) and (before is None or s < before)]
         if together:
             padded = of_first(np.asarray(([-1] * 1024 + chosen)[-1024:], np.int32))
             chosen = [int(s) for s in padded if s >= 0]

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(run, summary: str) -> argparse.ArgumentParser:
         name = run.__name__.rstrip("_")
-        opens = OPENS if run in (train, eval_, export, show, plan) else ""
+        opens = OPENS if run in (train, eval_, replay, export, show, plan) else ""
         added = commands.add_parser(name, help=summary, description=summary + opens, epilog=EPILOG)
         added.add_argument("--traceback", action="store_true", help="show where an error arose")
         added.set_defaults(run=run)
@@ -88,6 +88,12 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="labelled URIs")
     added.add_argument("--on", metavar="NAMES", help="evals or parts, as knn,linear; default: all")
     added.add_argument("--step", type=int, help="default: the newest checkpoint")
+    replay_ = command(replay, "compute a step again: gradients by layer, what is not finite, batch")
+    replay_.add_argument("workdir", type=path, metavar="RUN")
+    replay_.add_argument(
+        "step", nargs="?", metavar="STEP", help="default: the last that is not finite"
+    )
+    replay_.add_argument("overrides", nargs="*", metavar="name=value")
     export_ = command(export, "write a run's weights for transformers or timm; needs no torch")
     export_.add_argument("workdir", type=path, metavar="RUN")
     export_.add_argument("out", type=path, metavar="OUT")
@@ -146,11 +152,12 @@ def mendable(error: Exception) -> bool:
     """Whether an error tells the user what to do, as opposed to a bug."""
     if isinstance(error, ValueError | OSError):
         return True
+    from sslx.audit import Corrupted
     from sslx.checkpoint import CheckpointError
     from sslx.signals import Interrupted
     from sslx.watch import Diverged
 
-    return isinstance(error, CheckpointError | Diverged | Interrupted | Lost)
+    return isinstance(error, CheckpointError | Corrupted | Diverged | Interrupted | Lost)
 
 
 def in_recipe(error: Exception) -> str:
@@ -224,6 +231,27 @@ def eval_(arguments) -> None:
     for name in dict.fromkeys(name for of in columns.values() for name in of):
         table.add_row(name, *(f"{of[name]:.4g}" if name in of else "" for of in columns.values()))
     Console().print(table)
+
+
+def replay(arguments) -> None:
+    from sslx.cluster import several
+    from sslx.config import ConfigError
+    from sslx.recipes import recipe_of
+    from sslx.run import Run
+
+    step, overrides = arguments.step, arguments.overrides
+    if step and "=" in step:  # RUN name=value
+        step, overrides = None, [step, *overrides]
+    if step and not step.isdecimal():
+        raise ConfigError(f"{step} is no step: it counts from 1, as in metrics.jsonl.")
+    if several():
+        on_this_host()
+    else:
+        start_jax()
+    run = Run(arguments.workdir, recipe_of(arguments.workdir, tuple(overrides)).load())
+    with bars() as progress:
+        replayed = run.replay(None if step is None else int(step), progress)
+    print(replayed)
 
 
 def export(arguments) -> None:

@@ -135,6 +135,10 @@ class Config:
     log_every, save_every, eval_every  steps between two rows of metrics, checkpoints, evaluations
     profile     steps that jax's profiler traces for XProf and TensorBoard, the first and the last,
                 as 100:105
+    audit_every  steps between two that are computed twice, to find devices that compute or store
+                 wrong bits (sslx.audit); None never. The state is then in memory twice. On a GPU
+                 such a run compiles without operations that differ from run to run, which excludes
+                 gradients of max-pooling
     """
 
     objective: Objective
@@ -157,6 +161,7 @@ class Config:
     save_every: int = how(1000)
     eval_every: int = how(5000)
     profile: str | None = how(None)
+    audit_every: int | None = how(None)
 
     def __post_init__(self):
         if isinstance(self.start, str | os.PathLike):
@@ -174,8 +179,9 @@ class Config:
                     f"{name}: {kind} is no value ({error}): write @dataclass(frozen=True) above it,"
                     f" and tuples in place of lists."
                 ) from error
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "eval_every"):
-            if getattr(self, name) < 1:
+        every = ("log_every", "save_every", "eval_every", "audit_every")
+        for name in ("steps", "batch_size", "accumulate", *every):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(
                     f"{name}={getattr(self, name)}: it counts from 1; is it the result of too few "
                     f"epochs, or of a batch larger than the data?"

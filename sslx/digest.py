@@ -1,11 +1,14 @@
 """A digest of every array of a state, taken where the arrays are, and a state as a flat dict."""
 
+import functools
 from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sslx.ops.bits import mixed
 from sslx.types import Array, Tree
@@ -37,6 +40,27 @@ def digest(state: Tree) -> dict[str, int]:
             values = (int(a) << 32 | int(b) for a, b in pairs)
             digests |= dict(zip(paths, values, strict=True))
     return {path: digests[path] for path in arrays}
+
+
+def device_digests(arrays: dict[str, Array], mesh: jax.sharding.Mesh) -> Array:
+    """The digest of what each device of `mesh` holds of each array, uint32 [arrays, *mesh, 2].
+
+    Each device digests its own part, and all processes get all digests. The arrays' shardings are
+    NamedShardings of `mesh`.
+    """
+    specs = tuple(x.sharding.spec for x in arrays.values())
+    return _by_device(tuple(arrays.values()), specs, mesh)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _by_device(arrays: tuple[Array, ...], specs: tuple[P, ...], mesh) -> Array:
+    def own(*parts: Array) -> Array:
+        sums = jnp.stack([jnp.stack(_sums(x)) for x in parts])
+        return sums.reshape(len(parts), *[1] * mesh.devices.ndim, 2)
+
+    out = P(None, *mesh.axis_names)
+    digests = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+    return lax.with_sharding_constraint(digests(*map(data, arrays)), NamedSharding(mesh, P()))
 
 
 def on_device(x: Leaf) -> bool:

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sslx.audit import Audit
 from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.chips import CHIPS, chip_of, options
 from sslx.config import Config, leaves, override
@@ -139,9 +140,12 @@ def jitted_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
 
 
 def compiler_options(config: Config, devices: Sequence[jax.Device]) -> dict[str, bool | int | str]:
-    """What the step's compiler is given: the table's options for the chip, then the recipe's."""
+    """What the step's compiler is given: the table's options for the chip, then the recipe's. Of a
+    step that is audited, a GPU's results must not depend on the order of atomic operations."""
     slices = len({slice_of(device) for device in devices})
-    return {**options(devices[0].device_kind, slices), **config.compiler}
+    exact = config.audit_every is not None and devices[0].platform == "gpu"
+    audited = {"xla_gpu_exclude_nondeterministic_ops": True} if exact else {}
+    return {**options(devices[0].device_kind, slices), **audited, **config.compiler}
 
 
 def step_flops(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
@@ -237,7 +241,8 @@ def train(config: Config, run: Path, gang: Gang, began: float | None = None) -> 
 
     Raises Interrupted after SIGTERM or Ctrl-C, with everything saved; Diverged when a loss or
     gradient is not finite, and Collapsed with collapse.then=stop, the newest checkpoint from before
-    being kept; CheckpointError when the last step could not be saved.
+    being kept; Corrupted when an audit finds silent data corruption; CheckpointError when the last
+    step could not be saved.
     """
     run.mkdir(parents=True, exist_ok=True)
     clock = Clock(began, gang.doing)
@@ -266,8 +271,9 @@ def train(config: Config, run: Path, gang: Gang, began: float | None = None) -> 
                         return state
                     peak = aside.submit(fastest, config, mesh)  # while the step is compiled
                     watch = Watch(config, log, checkpoints, account, gang, peak)
+                    audited = Audit(config.audit_every, step_fn, mesh, log, checkpoints)
                     with clock.spending("step", "step"), watch.profile:
-                        return loop(config, mesh, step_fn, start, state, watch, scores, signals)
+                        return loop(config, mesh, audited, start, state, watch, scores, signals)
             finally:
                 with clock.spending("checkpoint_save", "ending"):
                     checkpoints.wait()
@@ -296,7 +302,7 @@ def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):
             batch = clock.wait(batches, f"waiting for data of step {step}")
             what = f"step {step}" if step > start + 1 else "compiling the step"
             with clock.spending("step", what), watch.stepping(step):
-                state, metrics = step_fn(state, batch)
+                state, metrics = step_fn(step, state, batch)
             if pending:
                 watch.see(*pending)
             pending = (step, metrics, dropped)

@@ -5,6 +5,7 @@ With one process there is nothing to settle: no device work, no waiting.
 
 import itertools
 import json
+import socket
 import time
 from collections.abc import Callable, Mapping
 
@@ -35,6 +36,14 @@ def by_first(act: Callable[[], None]) -> None:
             error = raised
     if not agreed(error is None):
         raise error or OSError("process 0 could not go on; its message says why")
+
+
+def hosts() -> list[str]:
+    """The name of the host of each process, in their order."""
+    name = np.frombuffer(socket.gethostname().encode()[:64].ljust(64), np.uint8)
+    if jax.process_count() == 1:
+        return [socket.gethostname()]
+    return [row.tobytes().decode().strip() for row in multihost_utils.process_allgather(name)]
 
 
 # ---- by way of the coordination service: no device work, from any thread ----

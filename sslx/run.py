@@ -47,6 +47,7 @@ from sslx.models.encoder import Encoder, chosen
 from sslx.ops.trees import path_of
 from sslx.processes import by_first
 from sslx.recipes import Recipe, recipe_of
+from sslx.replay import Replayed, replay
 from sslx.sharding import batch_sharding
 from sslx.state import (
     TrainState,
@@ -191,6 +192,12 @@ class Run:
         if step not in self._restored:
             self._restored = {step: restored(self.path, self.config, step)}
         return self._restored[step]
+
+    def replay(self, step: int | None = None, progress: Progress = unheard) -> Replayed:
+        """A step computed again from the checkpoint before it: its metrics, the gradient of each
+        layer, what is not finite first; its batch is in replay/STEP. By default the last step
+        whose metrics are not finite."""
+        return replay(self.path, self.config, step, progress)
 
     def encoder(self, name: str | None = None, step: int | None = None) -> Encoder:
         """An encoder of the objective, by default its first, with the params of a checkpoint."""

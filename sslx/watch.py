@@ -66,11 +66,15 @@ class Watch:
             values = jax.device_get(metrics)
         count = self.drops(step, values.pop("dropped"), dropped)
         values = {name: float(x) for name, x in values.items()}
-        self.skipped += int(values.pop("skipped", 0))
+        self.skipped += (skipped := int(values.pop("skipped", 0)))
         finite = all(np.isfinite(values[name]) for name in FINITE)
-        if not finite and self.config.nonfinite == "stop":
-            raise Diverged(self.diagnosis(step, values))
-        self.collapse(step, values)
+        try:
+            if not finite and self.config.nonfinite == "stop":
+                raise Diverged(self.diagnosis(step, values))
+            self.collapse(step, values)
+        except Diverged:
+            self.log.write(step, values)
+            raise
         self.since += 1
         self.account.step = step
         rate, waited = self.clock.rates(self.since)  # since the last logged step
@@ -81,6 +85,7 @@ class Watch:
         parts += [] if math.isnan(share) else [f"{share:.0%} of peak"]
         text = "  ".join(parts + [f"{name} {n}" for name, n in counts.items()])
         row = step <= 1 or step % self.config.log_every == 0 or step == self.config.steps
+        row = row or skipped > 0
         if row:
             self.gang.measured(Window(step, *self.clock.spent()))
             measured = {"examples_per_s": speed, "data/waited": waited, "share_of_peak": share}
@@ -120,7 +125,8 @@ class Watch:
         values_text = ", ".join(f"{name} {values[name]:.4g}" for name in FINITE)
         return (
             f"Step {step}: {values_text}; {self.kept(step)}. "
-            f"Lower the learning rate or clip gradients, or drop such steps: nonfinite=skip."
+            f"`sslx replay {self.log.run} {step}` shows what is not finite first. Lower the "
+            f"learning rate or clip gradients, or drop such steps: nonfinite=skip."
         )
 
     def collapse(self, step: int, values: dict[str, float]) -> None:

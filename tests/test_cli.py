@@ -278,6 +278,7 @@ def test_paths_may_begin_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     commands = [("train", "x", "--workdir=~/run"), ("eval", "~/run"), ("export", "~/run", "~/run")]
     commands += [("import", "~/run", "~/run", "--recipe=~/run"), ("show", "~/run")]
+    commands += [("replay", "~/run", "3")]
     commands += [("tokenize", "~/run", "~/run", "--tokenizer=~/run")]
     for command in commands:
         arguments = vars(parser().parse_args(command))
@@ -285,7 +286,7 @@ def test_paths_may_begin_at_home(tmp_path, monkeypatch):
         assert paths == [f"{tmp_path}/run"] * sum("~" in word for word in command), command
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "export", "show"])
+@pytest.mark.parametrize("command", ["train", "eval", "replay", "export", "show"])
 def test_help_says_that_a_recipe_is_executed(command, capfd):
     with pytest.raises(SystemExit):
         sslx(command, "--help")
@@ -320,7 +321,7 @@ except SystemExit as done:
     env = os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "eval", "export", "import", "show"):
+    for command in ("train", "eval", "replay", "export", "import", "show"):
         assert f"    {command} " in done.stdout
     assert "name=value fills an argument" in done.stdout
 

@@ -13,7 +13,7 @@ REPO = Path(__file__).parents[1]
 # Each may import only what stands above it, and its own room.
 LAYERS = """
 types vocabulary console chips hlo exits
-ops
+ops jaxprs
 schedules data sharding digest processes rendezvous
 models optim views checkpoint log signals cluster gang
 objectives groups goodput environment
@@ -22,8 +22,9 @@ start
 config
 recipes lock
 state evals
-watch
+watch audit
 engine
+replay
 plan run
 importing
 cli
