@@ -172,14 +172,19 @@ class Account:
         """{kind: seconds} of all starts together."""
         return {kind: round(x, 3) for kind, x in summed(self.starts()).items()}
 
-    def write(self) -> None:
+    def write(self) -> OSError | None:
+        """Write all until now; returns the error of a failure, which the next writing makes up."""
         if self.log.speaks:
-            with self.log.forgiving(self.step, self.path.name):
+            try:
                 write_whole(self.path, json.dumps(self.starts(), indent=1) + "\n")
+            except OSError as error:
+                return error
+        return None
 
     def close(self) -> None:
         """Write the account, and say the shares of this start and of all."""
-        self.write()
+        if error := self.write():
+            self.log.warn(f"where the time went is not written ({error})")
         text = f"time: {shares(self.clock.totals())}"
         if self.earlier:
             text += f"; over {len(self.earlier) + 1} starts: {shares(self.seconds())}"

@@ -304,6 +304,7 @@ HOW = {
     "log_every": 3,
     "save_every": 3,
     "eval_every": 3,
+    "profile": "1:1",
 }
 LAW = {
     "steps": 4,

@@ -167,8 +167,8 @@ if limit := os.environ.get("LARGEST_FILE"):  # a disk that takes no more
 if order := os.environ.get("ORDER"):  # of the mesh's devices, as a TPU's hosts interleave
     straight = sharding.Mesh.build
 
-    def build(self):
-        mesh = straight(self)
+    def build(self, *args):
+        mesh = straight(self, *args)
         devices = mesh.devices.ravel()[list(map(int, order))].reshape(mesh.devices.shape)
         return jax.sharding.Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
 

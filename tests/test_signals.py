@@ -71,8 +71,9 @@ def test_a_run_goes_on_without_its_reader(tmp_path):
     try:
         first = process.stdout.readline()
         assert first == "40 steps of 16 examples are 0.444 epochs of 1,440; from step 0.\n"
+        assert process.stdout.readline().startswith("the step is compiled: ")
         assert process.stdout.readline().startswith("step 1/40")
-        process.stdout.close()  # as `| head -n 2` does
+        process.stdout.close()  # as `| head -n 3` does
         hold.unlink()
         assert process.wait(timeout=120) == 0
     finally:
