@@ -5,7 +5,6 @@ import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from sslx.config import Config, leaves, override
 from sslx.log import Log
 from sslx.ops.flops import flops
 from sslx.ops.trees import norm
+from sslx.paths import Place
 from sslx.sharding import batch_sharding, placed, rows_here, slice_of
 from sslx.signals import Interrupted, Signals
 from sslx.state import TrainState, abstract_batch, abstract_state, check, layers_of
@@ -215,7 +215,7 @@ def _raise(error: BaseException):
 # ---- the loop ----
 
 
-def train(config: Config, run: Path) -> TrainState:
+def train(config: Config, run: Place) -> TrainState:
     """Train to `config.steps` in the directory `run`, from its newest good checkpoint if any.
 
     Raises Interrupted after SIGTERM or Ctrl-C, with everything saved; Diverged when a loss or
@@ -273,6 +273,7 @@ def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):
                 watch.see(*pending)
                 pending = None
             if last or step % config.save_every == 0:
+                watch.log.keep(step)
                 watch.checkpoints.save(step, state)
             if not stop and (last or step % config.eval_every == 0):
                 scores.add(step, state)

@@ -1,14 +1,14 @@
 """Watching a run: metrics as they arrive, alarms, and evaluations between steps."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from sslx.checkpoint import Checkpoints
 from sslx.config import Config, Numbers, Progress, Trained, unheard
-from sslx.log import Clock, Log, add_scores, append, read_scores
+from sslx.log import Clock, Log, add_scores, read_scores
+from sslx.paths import Place
 from sslx.processes import of_first
 from sslx.sharding import batch_sharding
 from sslx.state import TrainState, first_state, fresh_state
@@ -35,6 +35,7 @@ class Watch:
         self.config, self.log, self.checkpoints = config, log, checkpoints
         self.clock, self.since, self.skipped, self.flat = Clock(), 0, 0, 0
         self.named = 0
+        self.dropped = log.grow(log.run / "dropped" / f"{jax.process_index()}.jsonl")
 
     def see(self, step: int, metrics: Metrics, dropped: dict[str, str]) -> None:
         """One step's metrics, fetched here, while the next step is already under way."""
@@ -69,10 +70,10 @@ class Watch:
         therefore stop at one step if these are too many. What this process met is added to
         dropped/PROCESS.jsonl."""
         if new := list(names.items())[self.named :]:
-            path = self.log.run / "dropped" / f"{jax.process_index()}.jsonl"
+            rows = "".join(json.dumps({"name": n, "reason": r}) + "\n" for n, r in new)
             with self.log.forgiving(step, "names of dropped records"):
-                path.parent.mkdir(exist_ok=True)
-                append(path, "".join(json.dumps({"name": n, "reason": r}) + "\n" for n, r in new))
+                self.dropped.path.parent.mkdir(exist_ok=True)
+                self.dropped.write(rows.encode())
             self.named += len(new)
         self.config.data.check_dropped(counts, step * self.config.batch_size, names)
         return int(counts.sum())
@@ -113,7 +114,7 @@ class Watch:
 class Scores:
     """The evaluations of a run, in evals.json: those of random init first."""
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, run: Path, log: Log):
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, run: Place, log: Log):
         self.config, self.mesh, self.log, self.run = config, mesh, log, run
         self.known = read_scores(run)
 
@@ -152,6 +153,7 @@ class Scores:
         values = evaluate(self.config, self.mesh, state, progress)
         if not (name and self.config.start):  # a run with a start has another step 0
             self.log.write(step, values)
+            self.log.keep(step)  # before evals.json says that this is done
         scores = {k: v for k, v in values.items() if not isinstance(v, np.ndarray)}
         base = self.known.get("random init", {})
         title = name or f"step {step}"
