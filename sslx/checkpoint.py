@@ -4,8 +4,12 @@ A checkpoint is a directory named after its step. Orbax writes the arrays, under
 state (`params/encoder/kernel`), and commits them by a rename; a record of each array's dtype,
 shape and digest is committed with them. Orbax loads a flipped bit without a word (24 of 24
 tried), so what is restored is digested again: the newest checkpoint that verifies is used.
+
+In a bucket, where a directory cannot be renamed, the object commit_success.txt commits. Orbax
+writes arrays to gs:// and not to s3:// (google/orbax#2739), so the arrays there are written here.
 """
 
+import asyncio
 import errno
 import functools
 import json
@@ -15,6 +19,7 @@ import re
 import shutil
 import time
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -23,9 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
+from jax.experimental.array_serialization import serialization
 
 from sslx.digest import Leaf, data, digest, is_key, named
+from sslx.paths import Place, Remote, place
 from sslx.processes import Attempts, agreed, by_first, of_first
 from sslx.types import Array, Tree
 
@@ -33,6 +41,7 @@ log = logging.getLogger("sslx")
 
 ATTEMPT = re.compile(r"(0|[1-9][0-9]*)(\.orbax-checkpoint-tmp.*)?")  # renamed when whole
 READING = 600.0  # seconds that hosts wait until process 0 has seen what was written
+RETRIES = 8  # of a request to a bucket: about two minutes
 PATIENCE = 60  # seconds that a host waits to see a checkpoint that process 0 sees
 
 
@@ -100,7 +109,7 @@ def _seal(arrays: dict[str, list]) -> dict:
     return {"arrays": arrays, "crc32": zlib.crc32(json.dumps(arrays, sort_keys=True).encode())}
 
 
-def _record(path: epath.Path) -> dict[str, list]:
+def _record(path: epath.Path | Remote) -> dict[str, list]:
     """{path: [kind, digest]} as saved; raises if the record is missing or damaged."""
     record = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     if record != _seal(record["arrays"]):
@@ -108,10 +117,12 @@ def _record(path: epath.Path) -> dict[str, list]:
     return record["arrays"]
 
 
-def _finished(path: epath.Path) -> bool:
-    """Whether it was committed, even if it was damaged later: either of two markers is enough."""
+def _finished(path: epath.Path | Remote) -> bool:
+    """Whether it was committed, even if it was damaged later: either of two markers is enough on a
+    disk, where a directory has its name once it is whole."""
     try:
-        committed = (path / "commit_success.txt").exists() or bool(_record(path))
+        marked = (path / "commit_success.txt").exists()
+        committed = marked or (not isinstance(path, Remote) and bool(_record(path)))
     except Exception:
         committed = False
     return committed and path.name.isdecimal()
@@ -120,6 +131,79 @@ def _finished(path: epath.Path) -> bool:
 def _size(arrays: dict[str, Array]) -> int:
     """The bytes of a checkpoint, with ample room for what orbax writes about each array."""
     return sum(x.nbytes for x in arrays.values()) + 4096 * (len(arrays) + 16)
+
+
+class Buckets(ocp.type_handlers.TypeHandler):
+    """Arrays in s3://, each a directory of the shards that processes write, as zarr."""
+
+    _array_metadata_store = None  # orbax asks for one
+
+    def __init__(self):
+        self.context = tensorstore.Context({"s3_request_retries": {"max_retries": RETRIES}})
+
+    def typestr(self) -> str:
+        return "jax.Array"
+
+    async def metadata(self, infos: Sequence) -> list:
+        stores = await asyncio.gather(*(self.open(info) for info in infos))
+        return [
+            ocp.metadata.ArrayMetadata(
+                name=info.name,
+                directory=info.parent_dir,
+                shape=store.shape,
+                dtype=store.dtype.numpy_dtype,
+                sharding=None,
+            )
+            for info, store in zip(infos, stores, strict=True)
+        ]
+
+    async def serialize(self, values: Sequence, infos: Sequence, args=None) -> list:
+        """Futures, returned once the arrays are off the device."""
+        commits: list = []
+        writes = [
+            serialization.async_serialize(x, self.spec(info), commits, self.context, primary_host=0)
+            for x, info in zip(values, infos, strict=True)
+        ]
+        await asyncio.gather(*writes)
+        return commits
+
+    async def deserialize(self, infos: Sequence, args: Sequence) -> list:
+        async def read(info, to):
+            if isinstance(to, ocp.ArrayRestoreArgs):
+                return await serialization.async_deserialize(
+                    to.sharding, self.spec(info), to.global_shape, context=self.context
+                )
+            return np.asarray(await (await self.open(info)).read())
+
+        return await asyncio.gather(*map(read, infos, args))
+
+    def open(self, info):
+        return tensorstore.open(self.spec(info), open=True, context=self.context)
+
+    @staticmethod
+    def spec(info) -> dict:
+        """How tensorstore opens an array; a lost shard is missed, and not read as zeros."""
+        return {
+            "driver": "zarr3",
+            "kvstore": place(str(info.path)).store,
+            "fill_missing_data_reads": False,
+            "store_data_equal_to_fill_value": True,
+        }
+
+
+def _handler(directory: epath.Path | Remote) -> ocp.PyTreeCheckpointHandler:
+    """How orbax writes to a directory."""
+    # Compression saves 8 % of float32 weights and takes seven times as long.
+    options = {"use_zarr3": True, "use_compression": False}
+    if isinstance(directory, Remote) and directory.scheme == "s3":
+        arrays = Buckets()
+        kinds = [(jax.Array, arrays), (np.ndarray, arrays)]
+        registry = ocp.type_handlers.create_type_handler_registry(*kinds)
+        options |= {"use_ocdbt": False, "type_handler_registry": registry}
+        handler = ocp.PyTreeCheckpointHandler(**options)
+        handler.finalize = lambda directory: None  # it would warn that it has nothing to merge
+        return handler
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=_handlers(), **options)
 
 
 def _handlers():
@@ -146,9 +230,9 @@ def _say(level: int, message: str, *args) -> None:
         log.log(level, message, *args)
 
 
-def check_path(directory: epath.PathLike) -> None:
+def check_path(directory: Place) -> None:
     """Raise ValueError for a path under which orbax would write what nothing can read again."""
-    path = os.path.abspath(directory)
+    path = str(directory.absolute())
     if odd := [c for c in path if c in "[*?\\" or "\ud800" <= c <= "\udfff"]:
         raise ValueError(
             f"{path!r} has {odd[0]!r} in it, which orbax, the writer of checkpoints, takes for "
@@ -163,15 +247,12 @@ class Checkpoints:
     store may lag behind.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: Retention = Retention()):
-        self._remote = "://" in str(directory)
-        directory = epath.Path(directory)
-        self.directory = directory if self._remote else directory.absolute()
+    def __init__(self, directory: epath.PathLike | Remote, keep: Retention = Retention()):
+        directory = place(directory)
+        self._remote = isinstance(directory, Remote)
+        self.directory = directory if self._remote else epath.Path(directory).absolute()
         self.keep = keep
-        # Compression saves 8 % of float32 weights and takes seven times as long.
-        self._handler = ocp.PyTreeCheckpointHandler(
-            use_zarr3=True, use_compression=False, type_handler_registry=_handlers()
-        )
+        self._handler = _handler(self.directory)
         self._together = Attempts()
         self._orbax = self._writer()
         self._worker = ThreadPoolExecutor(1, "sslx-checkpoint")
@@ -186,7 +267,9 @@ class Checkpoints:
         options = ocp.AsyncOptions(
             create_directories_asynchronously=False, barrier_sync_fn=self._meet
         )
-        return ocp.AsyncCheckpointer(self._handler, async_options=options)
+        commit = {"temporary_path_class": ocp.path.atomicity.CommitFileTemporaryPath}
+        commit = commit if self._remote else {}
+        return ocp.AsyncCheckpointer(self._handler, async_options=options, **commit)
 
     def _meet(self, *, key: str, timeout_ms: int) -> None:
         """Orbax's barrier, which fails where another process could not write: orbax's own would
@@ -202,7 +285,7 @@ class Checkpoints:
         """Those of them that this process has not seen fail."""
         return [step for step in self.steps() if step not in self._bad]
 
-    def _attempts(self) -> list[epath.Path]:
+    def _attempts(self) -> list[epath.Path | Remote]:
         """The paths of all checkpoints, also unfinished ones; other entries are the user's."""
         entries = self.directory.iterdir() if self.directory.exists() else []
         return [path for path in entries if ATTEMPT.fullmatch(path.name) and path.is_dir()]
@@ -226,20 +309,25 @@ class Checkpoints:
             record = _seal({path: [_kind(x), digests[path]] for path, x in arrays.items()})
             arrays = {path: data(x) for path, x in arrays.items()}
             try:
-                by_first(functools.partial(self._prepare, _size(arrays)))
-                target, tree = self.directory / str(step), ocp.args.PyTreeSave(arrays)
+                by_first(functools.partial(self._prepare, step, _size(arrays)))
+                target = epath.Path(str(self.directory / str(step)))
+                tree = ocp.args.PyTreeSave(arrays)
                 self._orbax.save(target, args=tree, custom_metadata=record, force=True)
-            except OSError as error:
+            except Exception as error:
                 self._together.fail(_reason(error))
+                if not (self._remote or isinstance(error, OSError)):
+                    raise  # each store has errors of its own
                 return self._lost(step, error)
         self._pending = self._worker.submit(self._finish, step, record)
 
-    def _prepare(self, size: int) -> None:
-        """Remove half-written attempts; raise OSError where the disk has no room for `size` bytes:
-        orbax would log a traceback for every array."""
+    def _prepare(self, step: int, size: int) -> None:
+        """Remove half-written attempts, and what is overwritten in a bucket. Raise OSError where a
+        disk has no room for `size` bytes: orbax would log a traceback for every array."""
         self._sweep()
+        if self._remote:
+            return self._remove(self.directory / str(step))
         folder = next(p for p in (self.directory, *self.directory.parents) if p.exists())
-        total, _, free = (0, 0, 0) if self._remote else shutil.disk_usage(folder)
+        total, _, free = shutil.disk_usage(folder)
         if total and free < size:  # some disks say nothing: 0 of 0
             raise OSError(
                 errno.ENOSPC,
@@ -274,7 +362,7 @@ class Checkpoints:
             self._bad.add(step)
             if _record(path) != record["arrays"]:
                 raise ValueError("the record of the arrays is not what was written")
-            self._handler.metadata(path)
+            self._handler.metadata(epath.Path(str(path)))
 
     def _lost(self, step: int, error: Exception) -> None:
         self._orbax = self._writer()  # the old one would raise it again
@@ -293,9 +381,11 @@ class Checkpoints:
             if not _finished(path) and path.name not in map(str, self._saved):
                 self._remove(path)
 
-    def _remove(self, path: epath.Path) -> None:
+    def _remove(self, path: epath.Path | Remote) -> None:
         try:
             if jax.process_index() == 0:
+                if self._remote:  # object by object; a rest must not count
+                    (path / "commit_success.txt").unlink(missing_ok=True)
                 path.rmtree(missing_ok=True)
         except OSError as error:
             return _say(logging.WARNING, "%s could not be deleted (%s)", path, _reason(error))
@@ -369,7 +459,7 @@ class Checkpoints:
             )
         return chosen[::-1]
 
-    def _await(self, path: epath.Path) -> None:
+    def _await(self, path: epath.Path | Remote) -> None:
         """Wait until this host sees a checkpoint that process 0 sees; a shared disk may be late."""
         end = time.monotonic() + PATIENCE
         if not _finished(path):
@@ -386,7 +476,9 @@ class Checkpoints:
             self._check(step, {name: kind for name, (kind, _) in record.items()}, want)
             whole = ocp.RestoreArgs(restore_type=np.ndarray)
             args = {name: _target(want[name]) if want else whole for name in want or record}
-            arrays = self._handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
+            arrays = self._handler.restore(
+                epath.Path(str(path)), args=ocp.args.PyTreeRestore(restore_args=args)
+            )
             arrays = {name: arrays[name] for name in args}
         except (CheckpointError, jax.errors.JaxRuntimeError):  # out of memory is no damage
             raise
@@ -409,7 +501,7 @@ class Checkpoints:
             )
 
 
-def load(directory: epath.PathLike, step: int | None = None) -> Tree:
+def load(directory: epath.PathLike | Remote, step: int | None = None) -> Tree:
     """The newest state that verifies as nested dicts of NumPy arrays, no recipe needed.
 
     Lists and tuples come back as dicts with keys "0", "1", ...; typed keys as their uint32 data.

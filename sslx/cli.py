@@ -5,12 +5,12 @@ import contextlib
 import logging
 import os
 import sys
-import time
 import traceback
 from pathlib import Path
 
 from sslx.console import lasting_streams
 from sslx.exits import MISTAKEN, Lost, code_of
+from sslx.paths import Place, Remote, place
 
 EPILOG = """\
 `sslx train` without a name lists the recipes. name=value fills an argument of the recipe's
@@ -49,9 +49,21 @@ def main(argv: list[str] | None = None) -> int:
             return fail(f"{error}{hint}", code_of(error))
 
 
-def path(text: str) -> Path:
+def path(text: str) -> Place:
     """A path of the command line: `~` is the home directory in `--workdir=~/x` too."""
-    return Path(os.path.expanduser(text))
+    try:
+        return place(text)
+    except ValueError as error:  # argparse would leave its text out
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def local(text: str) -> Path:
+    """A path of the command line that is not in a bucket."""
+    if isinstance(there := path(text), Remote):
+        raise argparse.ArgumentTypeError(
+            f"{there} must be on this machine; copy it from or to there"
+        )
+    return there
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,14 +108,14 @@ def parser() -> argparse.ArgumentParser:
     replay_.add_argument("overrides", nargs="*", metavar="name=value")
     export_ = command(export, "write a run's weights for transformers or timm; needs no torch")
     export_.add_argument("workdir", type=path, metavar="RUN")
-    export_.add_argument("out", type=path, metavar="OUT")
+    export_.add_argument("out", type=local, metavar="OUT")
     export_.add_argument("--format", choices=("hf", "timm"), default="hf")
     export_.add_argument("--encoder", metavar="NAME", help="default: the objective's first")
     export_.add_argument("--step", type=int, help="default: the newest checkpoint")
     import_added = command(
         import_, "make a Hugging Face ViT-MAE, BERT or RoBERTa a run to continue or probe"
     )
-    import_added.add_argument("source", type=path, metavar="DIR")
+    import_added.add_argument("source", type=local, metavar="DIR")
     import_added.add_argument("workdir", type=path, metavar="RUN")
     recipe(import_added, "--recipe", help="default: the model's own")
     tokenize_ = command(tokenize, "turn text into windows of tokens, once; interrupted, it goes on")
@@ -119,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     plan_.add_argument("--devices", type=int, default=0, metavar="N", help="of a CPU, in its place")
     plan_.add_argument("--chip", default="", help="whose bounds count, as H100, beside --devices")
     plan_.add_argument("--sweep", action="store_true", help="rank other batches, meshes and remats")
-    plan_.add_argument("--json", type=path, metavar="FILE", help="write the plan there too")
+    plan_.add_argument("--json", type=local, metavar="FILE", help="write the plan there too")
     show_ = command(show, "print the config, params, shardings and FLOPs of a recipe")
     recipe(show_, help="a name or a .py file, or the directory of a run")
     return root
@@ -194,7 +206,7 @@ def train(arguments) -> None:
     from sslx.config import ConfigError
 
     path, run = arguments.recipe, arguments.workdir
-    if path.is_dir():
+    if holds_run(path):
         if run is not None:
             raise ConfigError(f"{path} is a run and resumes where it is: leave out --workdir.")
         run = path
@@ -216,17 +228,15 @@ def eval_(arguments) -> None:
 
     from sslx.run import Run
 
-    began, on = time.time(), tuple(arguments.on.split(",")) if arguments.on else ()
+    on = tuple(arguments.on.split(",")) if arguments.on else ()
     data = tuple(arguments.data) if arguments.data else None
+    run = Run.open(arguments.workdir)
     with bars() as progress:
-        columns = Run.open(arguments.workdir).evaluate(
-            on, data, arguments.step, progress, tuple(arguments.overrides)
-        )
+        columns = run.evaluate(on, data, arguments.step, progress, tuple(arguments.overrides))
     if jax.process_index():
         return
-    written = arguments.workdir / "pictures"
-    if any(path.stat().st_mtime >= began for path in written.glob("*")):
-        print(f"pictures are in {written}")
+    if run.pictures:
+        print(f"pictures are in {run.path / 'pictures'}")
     table = Table("", *columns)
     for name in dict.fromkeys(name for of in columns.values() for name in of):
         table.add_row(name, *(f"{of[name]:.4g}" if name in of else "" for of in columns.values()))
@@ -368,7 +378,12 @@ def named_recipe(arguments):
     from sslx.recipes import Recipe, recipe_of
 
     path, overrides = arguments.recipe, tuple(arguments.overrides)
-    return recipe_of(path, overrides) if path.is_dir() else Recipe(path, overrides)
+    return recipe_of(path, overrides) if holds_run(path) else Recipe(path, overrides)
+
+
+def holds_run(path: Place) -> bool:
+    """Whether a RECIPE is the directory of a run."""
+    return isinstance(path, Remote) or path.is_dir()
 
 
 @contextlib.contextmanager

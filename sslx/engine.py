@@ -7,7 +7,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from sslx.log import Log
 from sslx.models.attention import heard
 from sslx.ops.flops import flops
 from sslx.ops.trees import norm
+from sslx.paths import Place
 from sslx.sharding import batch_sharding, placed, rows_here, slice_of
 from sslx.signals import Interrupted, Signals
 from sslx.state import TrainState, abstract_batch, abstract_state, check, layers_of
@@ -234,7 +234,7 @@ def _raise(error: BaseException):
 # ---- the loop ----
 
 
-def train(config: Config, run: Path, gang: Gang, began: float | None = None) -> TrainState:
+def train(config: Config, run: Place, gang: Gang, began: float | None = None) -> TrainState:
     """Train to `config.steps` in the directory `run`, from its newest good checkpoint if any, and
     tell `gang`, the processes of the run, what this one does. The time since `began`, by
     time.perf_counter(), counts as its initialization.
@@ -313,6 +313,7 @@ def loop(config, mesh, step_fn, start: int, state, watch, scores, signals):
                 pending = None
             if last or step % config.save_every == 0:
                 with clock.spending("checkpoint_save", f"saving step {step}"):
+                    watch.log.keep(step)
                     watch.checkpoints.save(step, state)
             if not stop and (last or step % config.eval_every == 0):
                 scores.add(step, state)

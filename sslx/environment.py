@@ -17,11 +17,12 @@ import jax
 
 import sslx
 from sslx.log import log, read_json, write_whole
+from sslx.paths import Place
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def record(run: Path, recipe: str = "") -> None:
+def record(run: Place, recipe: str = "") -> None:
     """Add this start to a run's environment.json, a list; `recipe` is the folder of its recipe."""
     path = run / "environment.json"
     starts = [*read_json(path, []), environment(recipe)]

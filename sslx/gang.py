@@ -19,11 +19,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 
 from sslx.exits import LOST, Lost, code_of
+from sslx.paths import Place
 from sslx.processes import agreed, store
 
 BEAT = 2.0  # seconds between two signs of life
@@ -146,7 +146,7 @@ class Gang:
                  threads to RUN/stacks and exit with 42. One process alone does not exit, it says so
     """
 
-    def __init__(self, run: Path, stuck_after: float):
+    def __init__(self, run: Place, stuck_after: float):
         self.run, self.stuck_after = run, stuck_after
         self.index, self.count = jax.process_index(), jax.process_count()
         self.store = store(f"sslx/gang/{next(_gangs)}")
@@ -265,7 +265,7 @@ class Gang:
         def write() -> None:
             path = self.run / "stacks" / f"{self.index}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_bytes(text.encode())
             done.set()
 
         done = threading.Event()

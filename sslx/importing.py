@@ -1,5 +1,6 @@
 """Runs made of the checkpoints of other libraries."""
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from sslx.checkpoint import CheckpointError, Checkpoints, check_path
 from sslx.config import Config, ConfigError, lines
 from sslx.export import hf
 from sslx.export.directory import Checkpoint, staged
+from sslx.paths import Place
 from sslx.recipes import Recipe
 from sslx.run import Run
 from sslx.state import abstract_batch, built_mesh, first_state, new_key
@@ -23,7 +25,7 @@ UNDETERMINED = re.compile(
 
 
 def import_checkpoint(
-    source: Path, run: Path, recipe: Path | str | None = None, overrides: tuple[str, ...] = ()
+    source: Path, run: Place, recipe: Path | str | None = None, overrides: tuple[str, ...] = ()
 ) -> Run:
     """A run at step 0 with the weights of a Hugging Face directory, to continue or to probe.
 
@@ -45,13 +47,13 @@ def import_checkpoint(
     except ValueError as error:
         hint = "Or name a recipe whose data are like those of the checkpoint, --recipe RECIPE."
         raise ConfigError(f"{base.path}: {error} {hint}") from error
-    with staged(run) as new:
-        recipe.save(new)
+    with staged(run) if isinstance(run, Path) else contextlib.nullcontext(run) as new:
         checkpoints = Checkpoints(new / "checkpoints", config.keep)
         checkpoints.save(0, state)
         checkpoints.close()
         if not checkpoints.good():
             raise CheckpointError(f"{run} could not be written: make room and import again.")
+        recipe.save(new)  # a run without it is none
     return Run(run, config)
 
 

@@ -1,12 +1,16 @@
 """Recipe files: found by name or path, executed, and copied into the runs that they start."""
 
 import ast
+import atexit
 import builtins
 import contextlib
 import difflib
+import functools
 import inspect
 import json
+import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +31,7 @@ from sslx.config import (
     unknown,
 )
 from sslx.log import write_whole
+from sslx.paths import Place, Remote
 
 LARGEST = 1 << 24  # bytes of a file that is copied into a run
 # The files that a run has itself, beside those of its recipe.
@@ -112,12 +117,14 @@ class Recipe:
             raise ConfigError(f"{self.path} has no function config(...) -> Config.")
         return module
 
-    def save(self, run: Path) -> None:
+    def save(self, run: Place) -> None:
         """Copy the recipe, what it uses of its folder, and the overrides into a run directory,
         which does not read the originals after that."""
-        copies = neighbors(self.file)
+        folder, copies = folder_of(run), neighbors(self.file)
         for name in copies.keys() & OWN:
-            same = [p for p in (self.file, run / name) if p.exists() and p.samefile(copies[name])]
+            same = [
+                p for p in (self.file, folder / name) if p.exists() and p.samefile(copies[name])
+            ]
             if not same:
                 raise ConfigError(
                     f"{self.path} uses {name} beside it, but a run keeps a file of its own under "
@@ -125,13 +132,15 @@ class Recipe:
                 )
         copies["recipe.py"] = self.file
         try:
-            run.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             for name, path in copies.items():
-                (run / name).parent.mkdir(parents=True, exist_ok=True)
-                write_whole(run / name, path.read_bytes())
-            copy = self.copied(run)
-            write_whole(run / "config.txt", printed(copy))
-            write_whole(run / "overrides.json", json.dumps(self.overrides, indent=1) + "\n")
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                write_whole(folder / name, path.read_bytes())
+            config = printed(self.copied(folder)).replace(str(folder), str(run))
+            write_whole(folder / "config.txt", config)
+            write_whole(folder / "overrides.json", json.dumps(self.overrides, indent=1) + "\n")
+            for name in [*copies, "config.txt", "overrides.json"] * (folder != run):
+                write_whole(run / name, (folder / name).read_bytes())
         except OSError as error:
             raise ConfigError(
                 f"Cannot write to {run} ({error}): choose another --workdir."
@@ -156,7 +165,7 @@ class Recipe:
         return copy
 
 
-def recipe_of(run: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+def recipe_of(run: Place, overrides: tuple[str, ...] = ()) -> Recipe:
     """The recipe that a run directory was started with, and more overrides."""
     if not (run / "overrides.json").is_file():
         raise ConfigError(f"{run} is no run: it has no overrides.json; name the --workdir of one.")
@@ -168,7 +177,32 @@ def recipe_of(run: Path, overrides: tuple[str, ...] = ()) -> Recipe:
             f"{run}/overrides.json is damaged: name the recipe and its overrides again, `sslx "
             f"train RECIPE name=value ... --workdir {run} --accept-changes`."
         )
-    return Recipe(run / "recipe.py", (*stored, *overrides))
+    if isinstance(run, Remote):
+        fetch(run, folder_of(run))
+    return Recipe(folder_of(run) / "recipe.py", (*stored, *overrides))
+
+
+@functools.cache
+def folder_of(run: Place) -> Path:
+    """Where the recipe of a run is executed: in the run, or, if that is in a bucket, in a temporary
+    folder, removed at exit."""
+    if not isinstance(run, Remote):
+        return run
+    folder = Path(tempfile.mkdtemp(prefix="sslx-recipe-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def fetch(run: Remote, folder: Path) -> None:
+    """Copy the recipe of a run, and what it uses of the run's files, into a folder."""
+    there = {path.name for path in run.iterdir()}
+    names = ["recipe.py"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((run / name).read_bytes())
+        if name.endswith(".py"):
+            used = [n for n in sorted(_named(folder / name)) if n.split("/")[0] in there]
+            names += [n for n in used if n not in names and (run / n).is_file()]
 
 
 def load(recipe: str | Path, *overrides: str, **dials: Any) -> Config:

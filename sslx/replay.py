@@ -2,10 +2,10 @@
 
 import contextlib
 import functools
+import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import einops
 import jax
@@ -19,8 +19,9 @@ from sslx.data.text.tokenizers import tokenizer
 from sslx.digest import named
 from sslx.engine import VIEWS, accumulated, feed, jitted_step
 from sslx.jaxprs import first_nonfinite, first_uses
-from sslx.log import picture, step_rows, write_whole
+from sslx.log import png, step_rows, write_whole
 from sslx.ops.trees import paths
+from sslx.paths import Place
 from sslx.sharding import Mesh, check_batch
 from sslx.state import TrainState, abstract_state, built_mesh, first_state, layers_of
 from sslx.types import Array, Batch, Tree
@@ -59,7 +60,7 @@ class Replayed:
     logged: dict[str, float]
     layers: tuple[Layer, ...]
     first: tuple[str, ...]
-    folder: Path
+    folder: Place
 
     def __str__(self) -> str:
         wide = max(len(layer.name) for layer in self.layers)
@@ -81,7 +82,7 @@ class Replayed:
 
 
 def replay(
-    run: Path, config: Config, step: int | None = None, progress: Progress = unheard
+    run: Place, config: Config, step: int | None = None, progress: Progress = unheard
 ) -> Replayed:
     """Compute a step of a run again, on the devices of this process, and write its batch to
     RUN/replay/STEP; the last step whose metrics are not finite by default.
@@ -119,7 +120,7 @@ def replay(
     return replayed
 
 
-def bad_step(run: Path) -> int:
+def bad_step(run: Place) -> int:
     """The last step of metrics.jsonl that is not finite."""
     for row in reversed(list(step_rows(run))):
         if not all(math.isfinite(float(row.get(name, 0))) for name in FINITE):
@@ -145,7 +146,7 @@ def mesh_here(config: Config) -> jax.sharding.Mesh:
     return built_mesh(config, devices[:1])
 
 
-def state_before(run: Path, config: Config, mesh, step: int) -> tuple[int, TrainState]:
+def state_before(run: Place, config: Config, mesh, step: int) -> tuple[int, TrainState]:
     """(step, state) of the newest checkpoint before a step that verifies, or of step 0."""
     checkpoints = Checkpoints(run / "checkpoints", config.keep)
     try:
@@ -251,7 +252,7 @@ def rendered(state: TrainState, batch: Batch, *, config: Config) -> Batch:
     return jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *parts)
 
 
-def save(folder: Path, config: Config, batch: dict, seen: dict) -> None:
+def save(folder: Place, config: Config, batch: dict, seen: dict) -> None:
     """Write a batch as the pipeline made it and, where the views change it, as they render it:
     pictures as PNG, SHEET examples on each, tokens as text, all else as batch.npz."""
     arrays = {}
@@ -265,7 +266,9 @@ def save(folder: Path, config: Config, batch: dict, seen: dict) -> None:
     for name, x in seen.items():
         if pictorial(x) and not (name in batch and np.array_equal(x, batch[name])):
             sheets(folder, f"views-{name}", x)
-    np.savez(folder / "batch.npz", **arrays)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    write_whole(folder / "batch.npz", content.getvalue())
 
 
 def pictorial(x: np.ndarray) -> bool:
@@ -273,7 +276,7 @@ def pictorial(x: np.ndarray) -> bool:
     return x.ndim in (4, 5) and x.shape[-1] in (1, 3) and min(x.shape[-3:-1]) > 1
 
 
-def sheets(folder: Path, name: str, pictures: np.ndarray) -> None:
+def sheets(folder: Place, name: str, pictures: np.ndarray) -> None:
     """Write NAME-FIRST.png for every SHEET examples, eight in a row, the views of one side by side.
     Numbers that are no bytes are scaled, each picture from its least to its greatest; what is not
     finite is black."""
@@ -286,7 +289,7 @@ def sheets(folder: Path, name: str, pictures: np.ndarray) -> None:
         x = np.pad(x, ((0, blank), (0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
         rows = max(1, len(x) // 8)
         grid = einops.rearrange(x, "(r n) v h w c -> (r h) (n v w) c", r=rows)
-        picture(grid).save(folder / f"{name}-{begin:04d}.png")
+        write_whole(folder / f"{name}-{begin:04d}.png", png(grid))
 
 
 def bytes_of(x: np.ndarray) -> np.ndarray:

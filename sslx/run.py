@@ -45,8 +45,9 @@ from sslx.log import add_scores, read_scores, step_rows, write_picture, write_wh
 from sslx.models.attention import heard
 from sslx.models.encoder import Encoder, chosen
 from sslx.ops.trees import path_of
+from sslx.paths import Place, place
 from sslx.processes import by_first
-from sslx.recipes import Recipe, recipe_of
+from sslx.recipes import Recipe, folder_of, recipe_of
 from sslx.replay import Replayed, replay
 from sslx.sharding import batch_sharding
 from sslx.state import (
@@ -78,7 +79,7 @@ def config():
 
 def fit(
     config: Config,
-    run: Path | str | None = None,
+    run: Place | str | None = None,
     accept_changes: bool = False,
     force: bool = False,
 ) -> "Run":
@@ -89,7 +90,7 @@ def fit(
     with another config, unless `accept_changes`, or where another process trains in it, unless
     `force`; and what `engine.train` raises.
     """
-    path = Path(tempfile.mkdtemp(prefix="sslx-") if run is None else run).expanduser()
+    path = place(tempfile.mkdtemp(prefix="sslx-") if run is None else run)
     fitted = Run(path, config)
     if run is None:
         weakref.finalize(fitted, shutil.rmtree, path, ignore_errors=True)
@@ -99,7 +100,7 @@ def fit(
 
 def fit_recipe(
     recipe: Recipe,
-    run: Path,
+    run: Place,
     accept_changes: bool = False,
     force: bool = False,
     began: float | None = None,
@@ -107,14 +108,14 @@ def fit_recipe(
     """Train the config of a recipe file, which is copied into the run, and return the Run.
     `began` is when the program began, by time.perf_counter()."""
     config = recipe.load()
-    moved = str(run.absolute()), recipe.folder
+    moved = str(folder_of(run).absolute()), recipe.folder
     start(config, run, lambda: recipe.save(run), accept_changes, force, moved, began)
     return Run(run, config)
 
 
 def start(
     config: Config,
-    run: Path,
+    run: Place,
     save: Callable[[], None],
     accept_changes: bool,
     force: bool,
@@ -146,7 +147,7 @@ def start(
             engine.train(config, run, gang, began)
 
 
-def keep(config: Config, run: Path) -> None:
+def keep(config: Config, run: Place) -> None:
     """Write a config made in Python into a run directory, so that it opens like any other."""
     run.mkdir(parents=True, exist_ok=True)
     write_whole(run / "config.pickle", cloudpickle.dumps(config))
@@ -158,20 +159,21 @@ def keep(config: Config, run: Path) -> None:
 class Run:
     """A training run: its config, its metrics, and the encoders of its checkpoints.
 
-    path    its directory
+    path    its directory, here or in a bucket
     config  what it was trained with
 
     Methods read the checkpoint of `step`, by default the newest one that is not damaged.
     """
 
-    def __init__(self, path: Path, config: Config):
+    def __init__(self, path: Place, config: Config):
         self.path, self.config = path, config
+        self.pictures: list[Place] = []  # of the last evaluation
         self._restored: dict[int | None, tuple] = {}
 
     @classmethod
-    def open(cls, path: Path | str) -> "Run":
+    def open(cls, path: Place | str) -> "Run":
         """The run of a directory. Its recipe is executed, which is code: open what you trust."""
-        path = Path(path).expanduser()
+        path = place(path)
         return cls(path, recipe_of(path).load())
 
     def __repr__(self) -> str:
@@ -274,9 +276,10 @@ class Run:
             columns["random init"] = numbers(fresh)
             columns |= floors(config, mesh, state, prefixed(progress, "baseline"))
         if jax.process_index() == 0:
-            for name, picture in values.items():
-                if isinstance(picture, np.ndarray):
-                    write_picture(self.path, f"{name}-{step:06d}", picture)
+            pictures = {
+                f"{n}-{step:06d}": x for n, x in values.items() if isinstance(x, np.ndarray)
+            }
+            self.pictures = [write_picture(self.path, name, x) for name, x in pictures.items()]
             where = f" on {' '.join(map(shown, data))}" if data else ""
             where += f" with {' '.join(overrides)}" if overrides else ""
             add_scores(self.path, {f"{name}{where}": of for name, of in columns.items()})

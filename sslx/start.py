@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from sslx.export import hf
 from sslx.models.layers import padded
 from sslx.ops.positions import extended
 from sslx.ops.trees import path_of
+from sslx.paths import Remote, place
 from sslx.types import Array, Buffers, Params
 
 log = logging.getLogger("sslx")
@@ -79,12 +79,14 @@ class Start:
 
     def read(self) -> dict[str, np.ndarray]:
         """Every array of the source by its path, such as "params/encoder/class"."""
-        source = Path(self.source).expanduser()
+        source = place(self.source)
         if not source.is_dir():
             raise ValueError(f"There is no directory {source} to start from.")
         if (source / "checkpoints").is_dir():
             tree = checkpoint.load(source / "checkpoints", self.step)
             state = {name: tree.get(name, {}) for name in ("params", "buffers")}
+        elif isinstance(source, Remote):
+            raise ValueError(f"{source} is no run: copy it to a directory here to start from it.")
         else:
             saved = hf.read(source)
             state = {"params": saved.params, "buffers": saved.buffers}

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import flax
 import jax
@@ -14,6 +13,7 @@ from flax.core.meta import unbox
 from sslx.checkpoint import CheckpointError, Checkpoints
 from sslx.config import Config, ConfigError
 from sslx.ops.trees import axis_named
+from sslx.paths import Place
 from sslx.sharding import Mesh, batch_sharding, check_batch, shardings, ways
 from sslx.types import Array, Batch, Buffers, Params, Tree
 
@@ -122,7 +122,7 @@ def first_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def restored(
-    run: Path, config: Config, step: int | None = None
+    run: Place, config: Config, step: int | None = None
 ) -> tuple[Config, jax.sharding.Mesh, int, TrainState]:
     """(config, mesh, step, state) of a run's newest checkpoint that verifies, or of `step`'s.
 

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import shutil
+import tempfile
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from sslx.checkpoint import Checkpoints
 from sslx.config import Config, Numbers, Progress, Trained, unheard, window
 from sslx.gang import Gang, Window
 from sslx.goodput import Account
-from sslx.log import Log, add_scores, append, read_scores
+from sslx.log import Log, add_scores, read_scores
+from sslx.paths import Place, Remote
 from sslx.processes import of_first
 from sslx.sharding import batch_sharding
 from sslx.state import TrainState, first_state, fresh_state
@@ -54,6 +57,7 @@ class Watch:
         self.saving = self.clock.totals()["checkpoint_save"]
         self.clock.read(0)
         self.profile = Profile(log, config.profile, account.first)
+        self.dropped = log.grow(log.run / "dropped" / f"{jax.process_index()}.jsonl")
 
     def stepping(self, step: int) -> contextlib.AbstractContextManager:
         """A context in which a step is dispatched; profilers show it by its number."""
@@ -113,10 +117,10 @@ class Watch:
         therefore stop at one step if these are too many. What this process met is added to
         dropped/PROCESS.jsonl."""
         if new := list(names.items())[self.named :]:
-            path = self.log.run / "dropped" / f"{jax.process_index()}.jsonl"
+            rows = "".join(json.dumps({"name": n, "reason": r}) + "\n" for n, r in new)
             with self.log.forgiving(step, "names of dropped records"):
-                path.parent.mkdir(exist_ok=True)
-                append(path, "".join(json.dumps({"name": n, "reason": r}) + "\n" for n, r in new))
+                self.dropped.path.parent.mkdir(exist_ok=True)
+                self.dropped.write(rows.encode())
             self.named += len(new)
         self.config.data.check_dropped(counts, step * self.config.batch_size, names)
         return int(counts.sum())
@@ -177,7 +181,10 @@ class Profile:
         """Begin before the first of the steps, or of those that are left."""
         self.newest = step
         if step in self.steps and not self.tracing:
-            jax.profiler.start_trace(str(self.log.run))
+            self.folder = self.log.run
+            if isinstance(self.folder, Remote):
+                self.folder = Path(tempfile.mkdtemp(prefix="sslx-profile-"))
+            jax.profiler.start_trace(str(self.folder))
             self.tracing, self.first = True, step
 
     def end(self, step: int) -> bool:
@@ -191,6 +198,11 @@ class Profile:
         self.tracing = False
         try:
             jax.profiler.stop_trace()
+            if self.folder != self.log.run:
+                for path in filter(Path.is_file, self.folder.rglob("*")):
+                    place = self.log.run / path.relative_to(self.folder).as_posix()
+                    place.write_bytes(path.read_bytes())
+                shutil.rmtree(self.folder, ignore_errors=True)
         except (OSError, RuntimeError) as error:
             self.log.warn(f"the profile is lost ({error}); the run goes on")
         else:
@@ -201,7 +213,7 @@ class Scores:
     """The evaluations of a run, in evals.json: those of random init first."""
 
     def __init__(
-        self, config: Config, mesh: jax.sharding.Mesh, run: Path, log: Log, account: Account
+        self, config: Config, mesh: jax.sharding.Mesh, run: Place, log: Log, account: Account
     ):
         self.config, self.mesh, self.log, self.run = config, mesh, log, run
         self.account = account
@@ -245,6 +257,7 @@ class Scores:
             values = evaluate(self.config, self.mesh, state, progress)
         if not (name and self.config.start):  # a run with a start has another step 0
             self.log.write(step, values)
+            self.log.keep(step)  # before evals.json says that this is done
         scores = {k: v for k, v in values.items() if not isinstance(v, np.ndarray)}
         base = self.known.get("random init", {})
         self.known[title] = scores
