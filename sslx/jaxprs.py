@@ -16,7 +16,7 @@ from sslx.types import Array, Tree
 INFINITE, NAN = 1, 2  # what an operation's results hold at worst
 
 # Operations that compute what a jaxpr in their parameters says, of the same arguments.
-CALLS = ("jit", "closed_call", "core_call", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+CALLS = ("jit", "closed_call", "core_call", "remat2", "custom_jvp_call", "custom_vjp_call")
 
 LIBRARIES = sysconfig.get_path("purelib")
 
