@@ -16,8 +16,7 @@ from sslx.types import Array, Tree
 INFINITE, NAN = 1, 2  # what an operation's results hold at worst
 
 # Operations that compute what a jaxpr in their parameters says, of the same arguments.
-CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "remat")
-CALLS += ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+CALLS = ("jit", "closed_call", "core_call", "remat2", "custom_jvp_call", "custom_vjp_call")
 
 LIBRARIES = sysconfig.get_path("purelib")
 
@@ -79,7 +78,7 @@ def evaluated(
             if eqn.params.get("differentiated"):  # else what is to be computed anew would be kept
                 given = lax.optimization_barrier(given)
             # What jax.numpy compiles by itself was traced once, wherever it was called first.
-            where = (within, at if name in ("jit", "pjit") else line)
+            where = (within, at if name == "jit" else line)
             results, more = evaluated(inner, given, flags, *where)
             notes += more
         elif name == "scan":
