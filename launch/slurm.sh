@@ -7,7 +7,8 @@
 #
 # From RECIPE on, everything is given to `sslx train`. `sslx` must be on the PATH where sbatch is
 # called; RUN and the data are on a disk that all nodes share. Options of sbatch before the script
-# replace those below. What all tasks print is in sslx-JOB.log, one start after the other.
+# replace those below; for a part of a node delete --exclusive and --mem, and say --cpus-per-task.
+# What all tasks print is in sslx-JOB.log, one start after the other.
 #
 #   the time is up       SIGTERM comes five minutes before; saved, 143, requeued by this script
 #   scancel -s TERM JOB  the same, now
