@@ -161,7 +161,9 @@ class Buckets(ocp.type_handlers.TypeHandler):
         """Futures, returned once the arrays are off the device."""
         commits: list = []
         writes = [
-            serialization.async_serialize(x, self.spec(info), commits, self.context, primary_host=0)
+            serialization.async_serialize(
+                x, self.spec(info), commit_future=commits, context=self.context, primary_host=0
+            )
             for x, info in zip(values, infos, strict=True)
         ]
         await asyncio.gather(*writes)

@@ -165,7 +165,10 @@ def _claimed(run: Remote, force: bool) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"Cannot write to {run} ({_first(error)}): {HINT}") from error
+        reason = _first(error)
+        if reason.startswith(("NOT_FOUND", "PERMISSION_DENIED")):
+            raise ConfigError(f"Cannot write to {run} ({reason}): {HINT}") from error
+        raise OSError(f"Cannot write to {run} ({reason}).") from error
     if not stamp.generation:  # another was quicker, or there is no bucket
         now = store.read(".lock").result()
         if now.state == "missing":

@@ -72,17 +72,23 @@ class Remote:
     def absolute(self) -> "Remote":
         return self
 
-    def exists(self) -> bool:
+    def _kind(self) -> str:
+        """ "file", "directory", or nothing. (fsspec's own `isfile` takes a store that is out of
+        reach for one without the file.)"""
         with self._files() as files:
-            return files.exists(str(self))
+            try:
+                return files.info(str(self))["type"]
+            except FileNotFoundError:
+                return ""
+
+    def exists(self) -> bool:
+        return bool(self._kind())
 
     def is_file(self) -> bool:
-        with self._files() as files:
-            return files.isfile(str(self))
+        return self._kind() == "file"
 
     def is_dir(self) -> bool:
-        with self._files() as files:
-            return files.isdir(str(self))
+        return self._kind() == "directory"
 
     def iterdir(self) -> list["Remote"]:
         """What is in the directory; empty where it is not there."""
