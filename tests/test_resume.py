@@ -268,6 +268,7 @@ def test_lost_stuck_and_stopped_processes(eight, tmp_path):
         assert "loop" in (path / f"stacks/{i}.txt").read_text()
     assert steps(path) == [20]
 
+    env["HELD_AFTER"] = HELD_AFTER - 20  # of the steps that are left
     two = several(2, *command, "stuck_after=40", "-", own=lambda i: env if i else {})
     said = ended(two, 42, 42)
     assert all(" s without progress; " in text and "process 1" in text for text in said)
