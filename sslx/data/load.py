@@ -11,7 +11,16 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from sslx.data import order
-from sslx.data.source import DataError, Example, Record, Shapes, Source, labelled, patiently
+from sslx.data.source import (
+    DataError,
+    Example,
+    Record,
+    Shapes,
+    Source,
+    Unreachable,
+    labelled,
+    patiently,
+)
 
 
 @runtime_checkable
@@ -124,7 +133,7 @@ class Load:
                 record = record or patiently(source, at, source.__getitem__, at)
                 example = patiently(source, at, self.decoded, record, place)
             except DataError as error:
-                if type(error) is DataError:
+                if type(error) in (DataError, Unreachable):
                     raise
                 raise DataError(str(error)) from error  # a worker's must be known where it arrives
             except (Exception, SystemExit) as error:  # decoders raise what they like: SyntaxError

@@ -17,7 +17,7 @@ import numpy as np
 
 from sslx.data import order
 from sslx.data.load import Decode, Load, allowed
-from sslx.data.source import DataError, Shapes, Source
+from sslx.data.source import DataError, Shapes, Source, Unreachable
 from sslx.data.uri import open_uri
 from sslx.data.workers import cores, mark_flags_parsed, off_device, spawning
 
@@ -280,7 +280,7 @@ class Batches(Iterator[Batch]):
 
 
 def following(elements: Iterator) -> dict:
-    """The next of a Grain iterator; raises DataError where a worker has ended."""
+    """The next of a Grain iterator; raises Unreachable where a worker has ended."""
     try:
         return next(elements)
     except RuntimeError as error:
@@ -290,7 +290,7 @@ def following(elements: Iterator) -> dict:
         killed = "; the kernel kills so when memory runs out: take fewer of them, data.workers=1,"
         killed += " or none, data.workers=0"
         advice = killed if "-9" in what else "; its own message says why, if it left one"
-        raise DataError(f"a process that reads data is gone ({what}){advice}") from error
+        raise Unreachable(f"a process that reads data is gone ({what}){advice}") from error
 
 
 def end(elements: list) -> None:

@@ -47,6 +47,13 @@ class DataError(ValueError):
     """An error in the data and not in the program; the message names the file and the fix."""
 
 
+class Unreachable(DataError):
+    """Data cannot be read now, and may be the next time: a lost disk, no memory, a killed reader.
+    `code` is the exit code of a command that it ends."""
+
+    code = 1
+
+
 class Source(abc.ABC):
     """Random access to records, each a dict of what it holds and its `name`, for messages.
 
@@ -195,7 +202,7 @@ def lost(error: Exception) -> bool:
 def patiently(source: Source, index: int, read: Callable[..., T], *args: Any) -> T:
     """read(*args) for a record, tried again for PATIENCE seconds while memory or a disk is `lost`.
 
-    Raises DataError after that, and at once what else `read` raises.
+    Raises Unreachable after that, and at once what else `read` raises.
     """
     start, pause = time.monotonic(), 0.1
     while True:
@@ -206,7 +213,7 @@ def patiently(source: Source, index: int, read: Callable[..., T], *args: Any) ->
                 raise
             reason, waited = f"{type(error).__name__}: {error}", time.monotonic() - start
             if waited >= PATIENCE:
-                raise DataError(
+                raise Unreachable(
                     f"{source}: record {index} could not be read for {waited:.0f} s ({reason}); "
                     "restore the file, the disk or the memory and resume"
                 ) from error
