@@ -118,7 +118,7 @@ V5E, H200 = ("TPU v5 lite", "tpu"), ("NVIDIA H200", "gpu")
 def test_which_form_is_used_where(device, tokens, width, dtype, dropout, form, said):
     kind, platform = device
     of = AbstractDevice(kind, None, platform)
-    mesh = AbstractMesh((1, 4, 1), AXES, (AxisType.Auto,) * 3, abstract_device=of)
+    mesh = AbstractMesh((1, 4, 1), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=of)
     with use_abstract_mesh(mesh):
         found, why = forms.attention_for((8, tokens, 3, 2, width), dtype, dropout)
     assert found is form and said in why
