@@ -59,7 +59,7 @@ def main() -> int:
             return code
         said = f"launch: exit code {code}, again (restart {restarts} of {options.restart})"
         print(said, file=sys.stderr)
-        time.sleep(min(60, 2**restarts))  # a disk or a peer may come back
+        gang.wait(min(60, 2**restarts))  # a disk or a peer may come back
 
 
 def parser() -> argparse.ArgumentParser:
@@ -150,6 +150,12 @@ class Gang:
         for thread in copies:
             thread.join(5)  # a worker of a killed process may hold the pipe for a moment
         return first if first >= 0 else 128 - first
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, or until a signal comes; it ends the next processes before they have begun."""
+        end = time.monotonic() + seconds
+        while not self.signals and time.monotonic() < end:
+            time.sleep(0.1)
 
 
 def started(command: list[str], env: Mapping[str, str], piped: bool) -> subprocess.Popen:

@@ -144,9 +144,13 @@ def test_exit_codes_decide_what_starts_again(tmp_path, codes, restarts, calls, c
 def test_a_signal_is_passed_on_and_ends_it(tmp_path):
     env = command(tmp_path / "bin", CODES) | {"CALLS": str(tmp_path / "c"), "CODES": "hang hang"}
     process = subprocess.Popen([LOCAL, "--restart", "9", "x"], env=env)
-    until(lambda: (tmp_path / "c.0").exists(), process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 143
+    try:
+        until(lambda: (tmp_path / "c.0").exists(), process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 143
+    finally:
+        process.kill()
+        process.wait()
     assert (tmp_path / "c.0").read_text() == "train x\n"
 
 
