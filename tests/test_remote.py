@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from commands import SSLX, TINY, free_port, start, stop, until
+from etils import epath
 from tensorboard.backend.event_processing import event_file_loader
 from tensorboard.compat.proto import event_pb2
 from tiny import Denoiser, Patches
@@ -236,6 +237,8 @@ def test_a_checkpoint_that_cannot_be_written_is_lost_and_the_next_is_not(
 ):
     state = {"w": jax.numpy.arange(4.0)}
     monkeypatch.setattr(checkpoint, "RETRIES", 1)
+    for path in (bucket / "saved", epath.Path(f"{bucket}/saved")):
+        assert not path.exists()  # both keep the address of their first use
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")  # nobody listens there
         checkpoints = Checkpoints(bucket / "saved")
