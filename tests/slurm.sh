@@ -69,9 +69,11 @@ stop() {
   for daemon in slurmd slurmctld munged; do
     [ ! -e "$1/$daemon.pid" ] || kill "$(cat "$1/$daemon.pid")" || true
   done
+  for _ in {1..50}; do # each removes its file when it ends
+    compgen -G "$1/*.pid" >/dev/null || return 0
+    sleep 0.1
+  done
 }
-
-
 
 free_port() {
   python3 -c 'import socket
