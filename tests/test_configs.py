@@ -305,6 +305,8 @@ HOW = {
     "save_every": 3,
     "eval_every": 3,
     "profile": "1:1",
+    "audit_every": 3,
+    "stuck_after": 60.0,
 }
 LAW = {
     "steps": 4,

@@ -219,6 +219,7 @@ def test_slurm_requeues_what_was_told_to_end_and_it_goes_on(slurm, eight, tmp_pa
     number = submitted(tmp_path, env, TINY, "--workdir", run)
     until(lambda: held(run))
     assert ran("scancel", "--signal=TERM", number, **env) == (0, "")
+    until(lambda: "SIGTERM caught" in (tmp_path / "log").read_text())  # jax says so
     hold.unlink()
     until(lambda: ended(number, env))
     said, known = (tmp_path / "log").read_text(), job(number, env)

@@ -23,6 +23,7 @@ from sslx import chips, cli
 from sslx.checkpoint import Checkpoints
 from sslx.config import ConfigError
 from sslx.environment import commit
+from sslx.gang import Gang
 from sslx.goodput import AGAIN, KINDS, Account, Clock, Compilations, shares, summed
 from sslx.log import Log
 from sslx.recipes import load
@@ -332,8 +333,8 @@ def test_the_bar_shows_speed_and_loss_of_now(tmp_path, now, monkeypatch):
     monkeypatch.setattr(log, "progress", lambda step, text="", line=False: shown.append(text))
     peak = Future()
     peak.set_result(math.nan)
-    account = Account(log, Clock(), 0)
-    watch = Watch(config, log, Checkpoints(tmp_path), account, peak)
+    account, gang = Account(log, Clock(), 0), Gang(tmp_path, 60.0)
+    watch = Watch(config, log, Checkpoints(tmp_path), account, gang, peak)
     sound = {"grad_norm": jnp.float32(1), "param_norm": jnp.float32(1), "dropped": jnp.zeros(1)}
     for step in range(1, 6):
         now[0] += 2.0

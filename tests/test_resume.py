@@ -161,7 +161,7 @@ import jax
 from sslx import gang, sharding
 from sslx.cli import main
 *arguments, batches = sys.argv[1:]
-gang.SILENT = 15.0  # a busy machine may keep a thread waiting
+gang.SILENT, gang.READ = 10.0, 5.0
 if limit := os.environ.get("LARGEST_FILE"):  # a disk that takes no more
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 if order := os.environ.get("ORDER"):  # of the mesh's devices, as a TPU's hosts interleave
@@ -276,7 +276,7 @@ def test_lost_stuck_and_stopped_processes(eight, tmp_path):
     assert steps(path) == [20]
 
     env["HELD_AFTER"] = HELD_AFTER - 20  # of the steps that are left
-    two = several(2, *command, "stuck_after=40", "-", own=lambda i: env if i else {})
+    two = several(2, *command, "stuck_after=25", "-", own=lambda i: env if i else {})
     said = ended(two, 42, 42)
     assert all(" s without progress; " in text and "process 1" in text for text in said)
     assert "tiny.py" in (path / "stacks/1.txt").read_text()  # where records are held

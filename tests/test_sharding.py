@@ -466,7 +466,7 @@ def test_the_loop_transfers_nothing_by_itself_and_looks_one_step_late():
     with jax.set_mesh(mesh):
         state, step = states.fresh_state(config, mesh), engine.jitted_step(config, mesh)
 
-        def sealed(state, batch):
+        def sealed(number, state, batch):
             state, metrics = step(state.value, batch)
             return Sealed(state), {name: Sealed(x) for name, x in metrics.items()}
 
