@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # sslx on TPUs in GKE: fills launch/jobset.yaml and applies it.
 #
-#   docker build --build-arg EXTRA=[tpu] -t IMAGE . && docker push IMAGE
+#   docker build --build-arg EXTRA=[tpu,gs] -t IMAGE . && docker push IMAGE
 #   launch/gke.sh --name mae --image IMAGE --tpu tpu-v5-lite-podslice --topology 16x16 \
 #     [--slices 2] [--chips 4] [--account NAME] [--dry-run] \
 #     RECIPE [name=value ...] --workdir gs://BUCKET/RUN

@@ -96,7 +96,7 @@ worker() { # the script of each worker; it does nothing where it runs already
   mkdir -p ~/sslx && tar xzf ~/sslx.tgz -C ~/sslx && cd ~/sslx
   python3 -m pip install --user --quiet uv # the machine's own Python may be older than 3.11
   test -e ~/venv || ~/.local/bin/uv venv --quiet --python 3.12 ~/venv
-  ~/.local/bin/uv pip install --quiet --python ~/venv -e '.[tpu]'
+  ~/.local/bin/uv pip install --quiet --python ~/venv -e '.[tpu,gs]'
   export PATH=~/venv/bin:\$PATH LIBTPU_INIT_ARGS="$megascale"
   python launch/local.py --restart ${RESTARTS:-10}$(printf ' %q' "$@")
   exit

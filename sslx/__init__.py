@@ -12,7 +12,6 @@ _HOMES = {
     "fit": "sslx.run",
     "Run": "sslx.run",
     "Start": "sslx.start",
-    "train": "sslx.engine",
     "train_step": "sslx.engine",
     "TrainState": "sslx.state",
     # data and views

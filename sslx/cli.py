@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from sslx.console import lasting_streams
-from sslx.exits import MISTAKEN, Lost, code_of
+from sslx.exits import FAILED, MISTAKEN, Lost, code_of
 from sslx.paths import Place, Remote, place
 
 EPILOG = """\
@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
             if not arguments.traceback and not mendable(error) and (place := in_recipe(error)):
                 return fail(f"{place} (--traceback shows all)", MISTAKEN)
             if arguments.traceback or not mendable(error):
-                raise
+                traceback.print_exc()
+                return code_of(error) if mendable(error) else FAILED
             hint = "" if ours(error) else " (--traceback shows where)"
             return fail(f"{error}{hint}", code_of(error))
 

@@ -129,11 +129,11 @@ def join(env: Mapping[str, str] = os.environ, timeout: int = TIMEOUT) -> None:
         return
     if jax.distributed.is_initialized():  # by the program that calls us
         return
-    if count > 1 and (place := whereabouts(options, timeout)):
-        slices = env.get("MEGASCALE_NUM_SLICES", "1")
-        hint = f"; MEGASCALE_NUM_SLICES={slices}: are there so many slices?"
-        meet(*place, timeout, hint if slices != "1" else "")
     try:
+        if (place := whereabouts(options, timeout)) and place[1] > 1:
+            slices = env.get("MEGASCALE_NUM_SLICES", "1")
+            hint = f"; MEGASCALE_NUM_SLICES={slices}: are there so many slices?"
+            meet(*place, timeout, hint if slices != "1" else "")
         jax.distributed.initialize(initialization_timeout=timeout, **options)
     except RuntimeError as error:
         if count == 1 and "must be called before" in str(error):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import math
 import queue
 import threading
@@ -30,6 +31,8 @@ from sslx.signals import Interrupted, Signals
 from sslx.state import TrainState, abstract_batch, abstract_state, check, layers_of
 from sslx.types import Array, Batch, Buffers, Metrics, Params
 from sslx.watch import FINITE, Scores, Watch
+
+logger = logging.getLogger("sslx")
 
 OWN_METRICS = ("loss", "grad_norm", "param_norm", "learning_rate", "skipped", "dropped")
 
@@ -154,7 +157,7 @@ def step_flops(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
     needed = config
     for path, value in leaves(config.objective, "objective"):
-        if path.endswith(".remat") and value != "none":
+        if path.endswith(".remat") and isinstance(value, str) and value != "none":
             needed = override(needed, path, "none")
     with jax.set_mesh(mesh):
         count = lambda config: flops(functools.partial(train_step, config=config), state, batch)  # noqa: E731
@@ -164,11 +167,16 @@ def step_flops(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
 
 def fastest(config: Config, mesh: jax.sharding.Mesh) -> float:
     """Steps a second if all devices did what a step needs at their peak; nan where sslx.chips does
-    not know them, and but on process 0. Traces the step, which takes seconds."""
+    not know the devices, and on all processes but the first. Traces the step, which takes seconds.
+    """
     chip = chip_of(mesh.devices.flat[0].device_kind)
     if not chip or jax.process_index():
         return math.nan
-    _, needed = step_flops(config, mesh)
+    try:
+        _, needed = step_flops(config, mesh)
+    except Exception as error:  # a metric ends no run
+        logger.warning("share_of_peak is not known: %s", error)
+        return math.nan
     return mesh.devices.size * CHIPS[chip].peak / max(needed, 1)
 
 
@@ -257,9 +265,9 @@ def train(config: Config, run: Place, gang: Gang, began: float | None = None) ->
             if start < config.steps:  # what is wrong with an objective shows before evaluations
                 with clock.spending("compile", "tracing the step"), heard() as choices:
                     step_fn.trace(abstract_state(config, mesh), fed_batch(config, mesh))
-            log = Log(run, config.steps, start)
-            account = Account(log, clock, start)
+            log, account = Log(run, config.steps, start), None
             try:
+                account = Account(log, clock, start)
                 if start < config.steps:
                     log.say("\n".join([extent(config, start), *choices]))
                     account.write()
@@ -277,7 +285,7 @@ def train(config: Config, run: Place, gang: Gang, began: float | None = None) ->
             finally:
                 with clock.spending("checkpoint_save", "ending"):
                     checkpoints.wait()
-                if start < config.steps:
+                if account and start < config.steps:
                     account.close()
                 log.close()
     finally:

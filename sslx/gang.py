@@ -30,6 +30,8 @@ BEAT = 2.0  # seconds between two signs of life
 SILENT = 80.0  # seconds without one until a process counts as lost; jax would end all after 100
 READ = 5 * BEAT  # process 0, where the store is, stays so long after a verdict
 FAILING = 5 * BEAT  # the same, once another process failed: the likely reason is that it is gone
+SLOW = ("compiling", "restoring")  # phases that begin so may take SLOWER times as long
+SLOWER = 4
 PAUSE = 60.0  # seconds without progress until process 0 says who is where; then twice as long, ...
 
 log = logging.getLogger("sslx")
@@ -52,9 +54,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Peer:
-    """What a process says of itself; and when process 0, by its own clock, last heard and saw it go
-    on.
+    """What a process says of itself.
 
+    heard  when process 0, by its own clock, last read a new sign of life of it
+    moved  when process 0 last saw it in a new phase
     phase  what it does now, such as "step 120"; `phases` counts them
     beat   counts its signs of life
     ended  why and with which exit code, or None
@@ -103,6 +106,8 @@ def verdict(peers: Sequence[Peer], now: float, stuck_after: float) -> Verdict | 
         text, code = failed[0].ended
         about = tuple(peer.index for peer in failed)
         return Verdict(f"{listed(failed)} ended: {text}", code, about)
+    if any(peer.phase.startswith(SLOW) for peer in alive):
+        stuck_after *= SLOWER
     if still > stuck_after:
         text = f"{still:.0f} s without progress; {where(alive)}"
         return Verdict(text, LOST, tuple(peer.index for peer in alive))
@@ -143,7 +148,10 @@ class Gang:
     """This process among those of a run, from `with` to its end.
 
     stuck_after  seconds without progress of any process, after which all write the stacks of their
-                 threads to RUN/stacks and exit with 42. One process alone does not exit, it says so
+                 threads to RUN/stacks and exit with 42; four times as many while the step is
+                 compiled or a checkpoint restored. One process alone does not exit, it says so
+
+    Where process 0 is killed, and with it jax's service, jax aborts the others at once, with 134.
     """
 
     def __init__(self, run: Place, stuck_after: float):

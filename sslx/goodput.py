@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from sslx.log import Log, read_json, write_whole
+from sslx.log import EVERY, Log, read_json, write_whole
 
 KINDS = (
     "initialization",
@@ -154,11 +154,13 @@ class Compilations:
 
 class Account:
     """What all starts of a run spent their time on, in goodput.json, which process 0 writes with
-    every row of metrics, so that a process that is killed is counted up to there."""
+    every row of metrics, in a bucket once a minute, so that a process that is killed is counted up
+    to there."""
 
     def __init__(self, log: Log, clock: Clock, start: int):
         path = log.run / "goodput.json"
         self.log, self.clock, self.path, self.first, self.step = log, clock, path, start, start
+        self.due = 0.0  # by time.monotonic(), when the next writing may be
         self.began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.earlier = read_json(path, [], checked) if log.speaks else []
 
@@ -174,7 +176,9 @@ class Account:
 
     def write(self) -> OSError | None:
         """Write all until now; returns the error of a failure, which the next writing makes up."""
-        if self.log.speaks:
+        if self.log.speaks and time.monotonic() >= self.due:
+            if self.log.remote:  # a bucket takes long, and each writing costs
+                self.due = time.monotonic() + EVERY
             try:
                 write_whole(self.path, json.dumps(self.starts(), indent=1) + "\n")
             except OSError as error:
@@ -183,6 +187,7 @@ class Account:
 
     def close(self) -> None:
         """Write the account, and say the shares of this start and of all."""
+        self.due = 0.0
         if error := self.write():
             self.log.warn(f"where the time went is not written ({error})")
         text = f"time: {shares(self.clock.totals())}"

@@ -348,6 +348,8 @@ def planned(config: Config, machine: Machine) -> Plan:
         said = " ".join(str(error).split())
         seconds = time.perf_counter() - began
         return dataclasses.replace(plan, refused=said[:400], seconds=seconds)
+    if config.audit_every:  # a copy of the state (sslx.audit)
+        memory["temporaries"] += memory["aliased"]
     listing, islands = hlo.instructions(text), [island(device) for device in mesh.devices.flat]
     return dataclasses.replace(
         plan,
@@ -538,7 +540,9 @@ def report(plan: Plan) -> str:
     ]
     if plan.refused:
         return "\n".join([*lines, f"does not compile: {plan.refused}", advice(plan)])
-    limit = f" of {gb(plan.chip.memory)}" if plan.chip else ""
+    limit = ""
+    if plan.chip:
+        limit = f" of {gb(plan.chip.memory)}, {gb(plan.chip.memory - plan.memory)} left"
     lines.append(
         f"memory       {gb(plan.memory)}{limit}: {gb(plan.arguments)} of state and batch, "
         f"{gb(plan.temporaries)} temporary"

@@ -13,6 +13,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sslx.exits import FAILED, code_of
+
+
+class Failed(OSError):
+    """Another process could not do its part; `code` is the exit code of a command that it ends."""
+
+    def __init__(self, why: str, code: int = FAILED):
+        super().__init__(why)
+        self.code = code
+
 
 def of_first(x: np.ndarray) -> np.ndarray:
     """The array of process 0, on every process; all give one of the same shape and dtype."""
@@ -34,8 +44,9 @@ def by_first(act: Callable[[], None]) -> None:
             act()
         except Exception as raised:
             error = raised
-    if not agreed(error is None):
-        raise error or OSError("process 0 could not go on; its message says why")
+    code = int(of_first(np.int32(0 if error is None else code_of(error))))
+    if code:
+        raise error or Failed("process 0 could not go on; its message says why", code)
 
 
 def hosts() -> list[str]:
@@ -89,10 +100,6 @@ def store(prefix: str) -> Shared | Own:
     return Shared(prefix) if jax.process_count() > 1 else Own()
 
 
-class Failed(OSError):
-    """Another process could not do its part."""
-
-
 class Attempts:
     """Work that processes do together, one piece after another, each of which fails in all of them
     where it fails in one. All call `begin` for every piece; `meet` and `fail` in any thread."""
@@ -100,11 +107,12 @@ class Attempts:
     _all = itertools.count()
 
     def __init__(self):
-        self.store = store(f"sslx/attempts/{next(self._all)}")
         self.index, self.count = jax.process_index(), jax.process_count()
-        self.number = 0
+        self.store, self.number = None, 0
 
     def begin(self) -> None:
+        if self.store is None:  # a number that all draw: a process may make one of these alone
+            self.store = store(f"sslx/attempts/{next(self._all)}")
         self.number += 1
         if self.index == 0:  # all have left the one before the last
             self.store.remove(str(self.number - 2))
@@ -118,7 +126,7 @@ class Attempts:
         """Wait until all processes are here. Raises Failed as soon as one of them failed, and
         TimeoutError after `timeout` seconds."""
         place, end, pause = f"{self.number}/{name}", time.monotonic() + timeout, 0.01
-        self.store.put(f"{place}/here/{self.index}", {})
+        self.store.put(f"{place}/here/{self.index}", {"index": self.index})
         while not self.store.under(f"{place}/all"):
             if failed := self.store.under(f"{self.number}/failed"):
                 raise Failed(failed[0]["why"])
@@ -126,6 +134,8 @@ class Attempts:
                 self.store.put(f"{place}/all/0", {})
                 continue
             if time.monotonic() > end:
-                raise TimeoutError(f"{name}: not all processes came within {timeout:,.0f} s")
+                here = {told["index"] for told in self.store.under(f"{place}/here")}
+                missing = ", ".join(map(str, sorted({*range(self.count)} - here)))
+                raise TimeoutError(f"{name}: process {missing} did not come in {timeout:,.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, 1.0)

@@ -337,6 +337,7 @@ def test_unknown_arguments(args, capfd):
     assert ("an override has no dashes, name=value" in error) == ("--steps" in args)
 
 
-def test_traceback_on_request(tmp_path):
-    with pytest.raises(ValueError, match="did you mean 'steps'"):
-        sslx("train", TINY, "stepz=3", "--workdir", tmp_path, "--traceback")
+def test_traceback_on_request(tmp_path, capfd):
+    assert sslx("train", TINY, "stepz=3", "--workdir", tmp_path, "--traceback") == 2
+    said = capfd.readouterr().err
+    assert "Traceback" in said and "ConfigError" in said and "did you mean 'steps'" in said

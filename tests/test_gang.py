@@ -3,11 +3,13 @@
 import socket
 import threading
 
+import jax
+import numpy as np
 import pytest
 from commands import free_port
 
-from sslx import gang, rendezvous
-from sslx.exits import Lost
+from sslx import gang, processes, rendezvous
+from sslx.exits import Lost, code_of
 from sslx.gang import Peer, Window, slowest, verdict, where
 from sslx.processes import Attempts, Failed, Own
 
@@ -79,10 +81,24 @@ def test_an_attempt_fails_in_all_where_it_fails_in_one(monkeypatch):
     both[1].fail("no room")
     with pytest.raises(Failed, match="process 1: no room"):
         both[0].meet("seen", 60.0)
-    with pytest.raises(TimeoutError, match="not all"):
+    with pytest.raises(TimeoutError, match="process 1 did not come"):
         for one in both:
             one.begin()
         both[0].meet("written", 0.1)
+
+
+def test_what_process_0_refuses_ends_all_with_its_code(monkeypatch):
+    monkeypatch.setattr(processes, "of_first", lambda x: np.int32(2))  # of a ConfigError there
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(Failed, match="process 0 could not go on") as raised:
+        processes.by_first(lambda: 1 / 0)
+    assert code_of(raised.value) == 2
+
+
+def test_a_slow_compilation_is_not_stuck():
+    peers = [peer(i, "compiling the step", heard=1000) for i in range(2)]
+    assert verdict(peers, 1001.0, 900.0) is None
+    assert verdict(peers, 100 + 4 * 900.0 + 1, 900.0).code == 42
 
 
 # ---- meeting ----

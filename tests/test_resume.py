@@ -182,7 +182,7 @@ if not code:
     config = load(arguments[1], *(x for x in arguments if "mesh." in x))
     with feed(config, config.mesh.build(), 17) as (stream, _):
         got = [process_allgather(next(stream)["image"], tiled=True) for _ in range(3)]
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and batches != "-":
         np.save(batches, np.stack(got))
 sys.exit(code)
 """

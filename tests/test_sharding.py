@@ -418,6 +418,7 @@ class Watching:
 
     def __init__(self, events):
         self.events, self.clock, self.checkpoints, self.gang = events, self, self, self
+        self.log = self
 
     def wait(self, batches, what):
         self.events.append("dispatch")
@@ -431,6 +432,9 @@ class Watching:
     def see(self, step, metrics, dropped):
         self.events.append(f"see {step}")
         assert np.isfinite(jax.device_get(metrics["loss"].value))  # explicit: the guard allows it
+
+    def keep(self, step):
+        pass
 
     def save(self, step, state):
         self.events.append(f"save {step}")
