@@ -44,7 +44,7 @@ def by_first(act: Callable[[], None]) -> None:
             act()
         except Exception as raised:
             error = raised
-    code = int(of_first(np.int32(0 if error is None else code_of(error))))
+    code = int(of_first(np.asarray(0 if error is None else code_of(error))))
     if code:
         raise error or Failed("process 0 could not go on; its message says why", code)
 

@@ -88,7 +88,7 @@ def test_an_attempt_fails_in_all_where_it_fails_in_one(monkeypatch):
 
 
 def test_what_process_0_refuses_ends_all_with_its_code(monkeypatch):
-    monkeypatch.setattr(processes, "of_first", lambda x: np.int32(2))  # of a ConfigError there
+    monkeypatch.setattr(processes, "of_first", lambda x: np.asarray(2))  # of a ConfigError there
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(Failed, match="process 0 could not go on") as raised:
         processes.by_first(lambda: 1 / 0)
