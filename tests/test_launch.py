@@ -344,7 +344,7 @@ def test_a_task_is_what_skypilot_reads(tmp_path):
     )
     env = {"HOME": tmp_path, "SKYPILOT_DISABLE_USAGE_COLLECTION": 1}  # it writes there
     code, said = ran(Path(sky).parent / "python", "-c", code, LAUNCH / "sky.yaml", **env)
-    assert code == 0 and said.splitlines()[-1] == "[[42, 143]] {'TRAIN': 'x'}", said
+    assert code == 0 and said.splitlines()[-1] == "[[42, 134, 143]] {'TRAIN': 'x'}", said
 
 
 GCLOUD = """#!/bin/bash
