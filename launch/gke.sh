@@ -29,7 +29,7 @@ while [[ "${1:-}" == --* ]]; do
   option=${1#--}
   case $1 in
     --name | --image | --tpu | --topology | --slices | --chips | --account)
-      printf -v "${option^^}" %s "$2" && shift 2 ;;
+      printf -v "${option^^}" %s "${2:?$1 without its value}" && shift 2 ;;
     --dry-run) dry=yes && shift ;;
     *) echo "launch/gke.sh: unknown option $1" >&2 && exit 2 ;;
   esac

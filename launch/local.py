@@ -81,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
 
 def environments(options: argparse.Namespace) -> list[dict[str, str]]:
     """What each process has in its environment beside ours."""
+    if options.n < 1 or (options.cpu is not None and options.cpu < 1):
+        parser().error("-n N and --cpu M count from 1")
     count, made = options.n, [{} for _ in range(options.n)]
     if options.cpu:
         flags = re.sub(rf"{LINE}=\d+", "", os.environ.get("XLA_FLAGS", ""))

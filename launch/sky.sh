@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 options=(--yes --detach-run) dry=''
 while [[ "${1:-}" == --* ]]; do
   case $1 in
-    --gpus | --num-nodes | --infra | --name) options+=("$1" "$2") && shift 2 ;;
+    --gpus | --num-nodes | --infra | --name) options+=("$1" "${2:?$1 without its value}") && shift 2 ;;
     --no-use-spot) options+=("$1") && shift ;;
     --dry-run) dry=yes && shift ;;
     *) echo "launch/sky.sh: unknown option $1" >&2 && exit 2 ;;

@@ -28,7 +28,7 @@ cd "$(dirname "$0")/.."
 name='' zone='' type='' runtime='' slices=1 spot='' keep='' dry=''
 while [[ "${1:-}" == --* ]]; do
   case $1 in
-    --name | --zone | --type | --runtime | --slices) printf -v "${1#--}" %s "$2" && shift 2 ;;
+    --name | --zone | --type | --runtime | --slices) printf -v "${1#--}" %s "${2:?$1 without its value}" && shift 2 ;;
     --spot) spot=--spot && shift ;;
     --keep) keep=yes && shift ;;
     --dry-run) dry=yes && shift ;;
@@ -57,7 +57,10 @@ state() { # of the queued resource; none if there is none, unknown if Google doe
   if said=$(gcloud compute tpus queued-resources describe "$name" --zone="$zone" \
     --format='value(state.state)' 2>&1); then
     echo "${said##*$'\n'}"
-  elif [[ $said == *NOT_FOUND* ]]; then echo none; else echo unknown; fi
+  elif [[ $said == *NOT_FOUND* ]]; then echo none; else
+    echo "$said" >&2
+    echo unknown
+  fi
 }
 
 create() {

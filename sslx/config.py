@@ -186,6 +186,8 @@ class Config:
                     f"{name}={getattr(self, name)}: it counts from 1; is it the result of too few "
                     f"epochs, or of a batch larger than the data?"
                 )
+        if not self.stuck_after > 0:
+            raise ConfigError(f"stuck_after={self.stuck_after}: it is seconds; inf waits for ever.")
         if self.profile is not None and (last := window(self.profile)[-1]) > self.steps:
             raise ConfigError(
                 f"profile={self.profile}: step {last} is after the last, {self.steps}."

@@ -72,7 +72,7 @@ class Machine:
     def __post_init__(self):
         kind, _, shape = self.topology.partition(":")
         if bool(self.topology) == bool(self.devices):
-            raise ConfigError("name machines: --topology v5e:16x16, or --devices N.")
+            raise ConfigError("name machines, by one of --topology v5e:16x16 and --devices N.")
         if self.topology and (
             kind not in {**OPTIONS, **GPUS}
             or not re.fullmatch(r"\d+(x\d+)?" if self.gpu else r"\d+(x\d+)*", shape)
