@@ -14,4 +14,7 @@ class Lost(RuntimeError):
 
 def code_of(error: BaseException) -> int:
     """The exit code of a command that an error ended."""
-    return getattr(error, "code", MISTAKEN if isinstance(error, ValueError) else FAILED)
+    code = getattr(error, "code", None)  # of an HTTP or gRPC error it is none
+    if isinstance(code, int) and 0 < code < 256:
+        return code
+    return MISTAKEN if isinstance(error, ValueError) else FAILED

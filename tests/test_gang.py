@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from urllib.error import HTTPError
 
 import jax
 import numpy as np
@@ -93,6 +94,11 @@ def test_what_process_0_refuses_ends_all_with_its_code(monkeypatch):
     with pytest.raises(Failed, match="process 0 could not go on") as raised:
         processes.by_first(lambda: 1 / 0)
     assert code_of(raised.value) == 2
+
+
+def test_a_code_of_another_protocol_is_no_exit_code():
+    assert code_of(HTTPError("http://x", 404, "no such object", {}, None)) == 1
+    assert code_of(Lost("process 3 is gone")) == 42 and code_of(ValueError("x")) == 2
 
 
 def test_a_slow_compilation_is_not_stuck():
